@@ -69,7 +69,7 @@ def build_parser():
     group = parser.add_argument_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, shapes or a folder {train,test}/<class>/*")
     add("--data-dir", "data", str, "folder for downloads")
-    add("--image-size", 32, number(int, 8, 128), "pixels n to which a folder's images are resized")
+    add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
     add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
     group = parser.add_argument_group("inflation")
     add("--gen-data", None, str, "npz files with `image`: uint8, N x n x n x 3, RGB, generated",
@@ -79,9 +79,9 @@ def build_parser():
     group = parser.add_argument_group("augmentation (single values override those of --aug)")
     add("--aug", "auto", str, "auto: weak with generated data, strong without",
         choices=["auto", *RECIPES])
-    add("--crop-min", None, heat, "smallest crop, as a share of the image's area")
+    add("--crop-min", None, number(float, 1e-3, 1), "smallest crop, as a share of the image's area")
     add("--jitter-prob", None, share, "probability of colour jitter")
-    add("--jitter", None, scale, "strengths of brightness, contrast, saturation (1 +- it), hue (turns)",
+    add("--jitter", None, scale, "strength: brightness, contrast, saturation (1 +- it), hue (turns)",
         nargs=4, metavar=tuple("BCSH"))
     add("--gray-prob", None, share, "probability of grayscale")
     add("--blur-prob", None, share, "probability of Gaussian blur, sigma 0.1 to 2 pixels")
@@ -104,9 +104,9 @@ def build_parser():
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
     add("--seed", 0, index, "decides every random draw")
     group = parser.add_argument_group("evaluation")
-    add("--eval-every", None, index, "steps between evaluations; 0: one at the end; default steps / 5")
-    add("--knn-k", 200, count, "neighbours that vote")
-    add("--knn-temperature", 0.1, heat, "a vote weighs exp(cosine / temperature)")
+    add("--eval-every", None, index, "steps between evaluations; 0: none but the last; default a fifth")
+    add("--knn-k", 20, count, "neighbours that vote")
+    add("--knn-temperature", 0.07, heat, "a vote weighs exp(cosine / temperature)")
     add("--linear-epochs", 100, count, "epochs of the offline linear probe")
     add("--linear-lr", 0.1, positive, "peak learning rate of the offline linear probe")
     add("--eval-only", None, str, "evaluate the newest checkpoint of this run", metavar="RUN")
@@ -149,7 +149,7 @@ def random_stream(device, *key):
     seed = np.random.SeedSequence(key).generate_state(1)[0]  # unrelated for neighbouring keys
     return torch.Generator(device).manual_seed(int(seed))
 
-EPOCH, VIEWS, PROBE = range(3)  # what a stream is for
+EPOCH, VIEWS, PROBE = range(1, 4)  # what a stream is for
 
 class Mixture:
     """P_t = beta P_d + (1 - beta) P_g: batches from N copies of D_d and one of D_g (Theorem 3.1).
@@ -185,7 +185,7 @@ class Mixture:
         images = self.data.images.index_select(0, index[share])
         tensors = images, labels[share], (labels >= 0).sum()
         if device.type == "cuda" and not images.is_cuda:
-            tensors = [tensor.pin_memory() for tensor in tensors]  # so that the copies overlap
+            tensors = [tensor.pin_memory() for tensor in tensors]  # copied while the GPU computes
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 # ---- Two views (section 4) ----------------------------------------------------------------------
@@ -207,7 +207,7 @@ def crop_matrices(start, length, n):
 
 def blur_matrices(sigma, n):
     """Gaussian blur of n pixels as in Pillow: three box filters, edges repeated. S -> S x n x n."""
-    sigma = sigma.double()[:, None]
+    sigma = sigma.double()[:, None]  # in double, as the cube of a matrix follows
     whole = (((4 * sigma ** 2 + 1).sqrt() - 1) / 2).floor()  # a box has 2 whole + 1 full pixels
     part = (2 * whole + 1) * (whole * (whole + 1) - sigma ** 2)  # and one in part on each side
     part = part / (6 * (sigma ** 2 / 3 - (whole + 1) ** 2))
@@ -251,8 +251,8 @@ class TwoViews:
         self.solarize_prob = torch.tensor(augmentation.solarize_prob, device=device).view(2, 1, 1)
         first, last = torch.triu_indices(n, n, device=device)  # every crop there is
         self.crops = crop_matrices(first, last - first + 1, n)
-        sigma = 0.1 + 1.9 * (torch.arange(self.BLURS, device=device) + 0.5) / self.BLURS
-        self.blurs = torch.cat([torch.eye(n, device=device)[None], blur_matrices(sigma, n)])
+        sigma = 0.1 + 1.9 * (torch.arange(self.BLURS) + 0.5) / self.BLURS
+        self.blurs = torch.cat([torch.eye(n, device=device)[None], blur_matrices(sigma, n).to(device)])
         self.pipeline = lambda images, uniform: self.apply(images, self.draw(uniform))
 
     def __call__(self, images, uniform):
@@ -261,7 +261,7 @@ class TwoViews:
         return self.pipeline(images.repeat(2, 1, 1, 1), uniform)
 
     def draw(self, uniform):
-        """Parameters of 2B views, tensors of 2B rows; distributions as in torchvision's transforms."""
+        """Parameters of 2B views, tensors of 2B rows; distributed as in torchvision's transforms."""
         aug, n = self.aug, self.n
         area, aspect, corner, flip, factor, hue, jitter, order, gray, blur, sigma, solarize = (
             uniform.split([10, 10, 2, 1, 3, 1, 1, 4, 1, 1, 1, 1], dim=-1))
@@ -446,15 +446,15 @@ def encode(backbone, images, data, amp):
 
 def top1(scores, labels):
     """Percentage of the rows of N x C scores that are highest at the label."""
-    return 100 * (scores.argmax(1) == labels).double().mean().item()
+    return 100 * (scores.argmax(1) == labels).float().mean().item()
 
 def knn_top1(train, train_labels, test, test_labels, k, temperature):
-    """Weighted kNN (Wu et al. 2018): the k nearest training images vote exp(cosine / temperature)."""
+    """Weighted kNN (Wu et al. 2018): the k nearest training images vote exp(cosine / T)."""
     train, scores = F.normalize(train, dim=1), []
     for chunk in F.normalize(test, dim=1).split(500):
         cosine, nearest = (chunk @ train.T).topk(min(k, len(train)))
         votes = torch.zeros(len(chunk), int(train_labels.max()) + 1, device=train.device)
-        weight = ((cosine - 1) / temperature).exp()  # the - 1 cancels out; it avoids overflow
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest weighs 1: no overflow
         scores.append(votes.scatter_add_(1, train_labels[nearest], weight))
     return top1(torch.cat(scores), test_labels)
 
@@ -492,12 +492,11 @@ def evaluate(model, data, options, amp, linear):
 # ---- Training -----------------------------------------------------------------------------------
 
 def train(options, data):
-    """SimCLR on the mixture: trains, evaluates, fills the folder --out; returns result.json's contents.
+    """SimCLR on the mixture: trains, evaluates, fills the folder --out; returns the result (dict).
 
     A step draws a batch, makes two views, compares them and moves the weights. Log, checkpoints and
     signals are the business of `run` (class Run)."""
-    device, precision = choose_device(options), choose_precision(options)
-    amp = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    device, (precision, amp) = choose_device(options), choose_precision(options)
     augmentation, why = choose_augmentation(options)
     mixture = Mixture(data, options.ratio, options.batch_size, options.seed)
     two_views = TwoViews(augmentation, options.image_size, data.mean, data.std)
@@ -512,8 +511,8 @@ def train(options, data):
     meter = torch.zeros(5, device=device)  # sums since the last log line
     say(f"data      {data.n_real:,} real images of {len(data.classes)} classes and "
         f"{len(data.images) - data.n_real:,} generated ones, in {data.images.device.type} memory\n"
-        f"mixture   beta = {mixture.beta:.3f}: by Theorem 3.1 TV(P_t, P_d) = {1 - mixture.beta:.3f} TV"
-        f"(P_g, P_d); {mixture.size // options.batch_size:,} steps an epoch\n"
+        f"mixture   beta = {mixture.beta:.3f}: TV(P_t, P_d) = {1 - mixture.beta:.3f} TV(P_g, P_d) by "
+        f"Theorem 3.1; {mixture.size // options.batch_size:,} steps an epoch\n"
         f"views     {why}: {augmentation}\n"
         f"network   width {options.width}, {sum(p.numel() for p in learned) / 1e6:.2f} M parameters"
         f", {str(precision)[6:]} on {world_size()} x {device.type}\n"
@@ -539,8 +538,8 @@ def train(options, data):
         step = run.restore(state)
         if options.compile and step < options.steps:
             compile_or_warn(model, two_views, lambda: sum(losses(*draw(step))[:2]).backward())
-        run.draw_views(two_views)
-        batches = prefetch(draw, step, options.steps, data.images.device.type != device.type)
+        if rank() == 0:
+            write_views(run.folder / "views.png", data, two_views)
         clock, since = time.perf_counter(), step
         while True:
             last = step == options.steps
@@ -554,7 +553,7 @@ def train(options, data):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.steps, options.warmup_steps,
                                             group["peak"])
-            images, labels, n_labelled, uniform = next(batches)
+            images, labels, n_labelled, uniform = draw(step)
             contrastive, probing, hits = losses(images, labels, n_labelled, uniform)
             optimizer.zero_grad()
             scaler.scale(contrastive + probing).backward()
@@ -569,9 +568,10 @@ def train(options, data):
                 loss, probing, hits, views, count = run.read(meter, step)  # the only host sync
                 seconds = (time.perf_counter() - clock) / (step - since)
                 run.log("training", step, dict(
-                    loss=loss / count, probe_loss=probing / count, lr=optimizer.param_groups[0]["lr"],
-                    probe_top1=100 * hits / max(views, 1), seconds_left=seconds * (options.steps - step),
-                    images_per_second=options.batch_size / seconds))
+                    loss=loss / count, lr=optimizer.param_groups[0]["lr"], probe_loss=probing / count,
+                    probe_top1=100 * hits / max(views, 1),
+                    images_per_second=options.batch_size / seconds,
+                    seconds_left=seconds * (options.steps - step)))
                 meter.zero_()
                 clock, since = time.perf_counter(), step
             if step % options.save_every == 0:
@@ -587,14 +587,15 @@ class RunError(InputError):
     """What the user asked for is right, but the run cannot go on."""
     status = 1
 
+METRICS = ("online_top1", "linear_top1", "knn_top1")
 DEMO = dict(dataset="shapes", compare=True, image_size=16, real_size=500, width=16, steps=600,
-            batch_size=128, proj_hidden=256, proj_dim=64, out="runs/demo", log_every=100, eval_every=0)
+            batch_size=128, proj_hidden=256, proj_dim=64, out="runs/demo", eval_every=0)
 
 def parse_options(argv=None):
-    """The command line with every default filled in; exits with status 2 on a bad one."""
+    """The command line with every default filled in. Raises InputError."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    if options.demo or options.eval_only:  # the command line overrides what these bring
+    if options.demo or options.eval_only:  # what these bring, the command line overrides
         parser.set_defaults(**(DEMO if options.demo else read_config(options.eval_only)["options"]))
         options = parser.parse_args(argv)
     if options.demo and not options.gen_data:
@@ -603,25 +604,22 @@ def parse_options(argv=None):
         options.steps = options.linear_epochs = 1
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     name = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
-    late = dict(warmup_steps=round(0.01 * options.steps), eval_every=math.ceil(options.steps / 5),
-                save_every=math.ceil(0.01 * options.steps), seeds=[options.seed], out=f"runs/{name}",
-                compile=choose_device(options).type == "cuda")
-    for key, value in late.items():
+    for key, value in dict(
+            warmup_steps=round(0.01 * options.steps), eval_every=math.ceil(options.steps / 5),
+            save_every=math.ceil(0.01 * options.steps), seeds=[options.seed], out=f"runs/{name}",
+            compile=choose_device(options).type == "cuda").items():
         setattr(options, key, value if getattr(options, key) is None else getattr(options, key))
-    for wrong, message in (
-            (options.warmup_steps > options.steps, "--warmup-steps: more than --steps"),
-            (options.ratio == 0 and not options.gen_data, "--ratio 0: needs --gen-data"),
-            (options.compare and not options.gen_data, "--compare: needs --gen-data"),
-            (options.jitter and options.jitter[3] > 0.5, "--jitter: the hue is more than 0.5 turns"),
-            (len(options.solarize_prob or []) > 2, "--solarize-prob: more than two values")):
+    for wrong, why in [
+            (options.warmup_steps > options.steps, f"--warmup-steps: more than {options.steps} steps"),
+            (options.ratio == 0 and not options.gen_data, "--ratio 0: has no images without --gen-data"),
+            (options.compare and not options.gen_data, "--compare: has no inflation without --gen-data"),
+            (options.jitter and options.jitter[3] > 0.5, "--jitter: hue is more than 0.5 turns"),
+            (len(options.solarize_prob or []) > 2, "--solarize-prob: more than one value a view")]:
         if wrong:
-            raise InputError(message)
+            raise InputError(why)
     return options
 
 # ---- Reading images ------------------------------------------------------------------------------
-
-STATISTICS = {"cifar10": ([.4914, .4822, .4465], [.2470, .2435, .2616]),
-              "cifar100": ([.5071, .4865, .4409], [.2673, .2564, .2762])}
 
 @dataclasses.dataclass
 class Data:
@@ -634,11 +632,15 @@ class Data:
     classes: list
     mean: torch.Tensor  # 3 x 1 x 1, of the real training images in 0..1
     std: torch.Tensor
-    crc: list  # checksums of the real and the generated images: no run goes on with others
+    crc: list  # checksums of real and generated images: a run never goes on with others
 
 def load_data(options):
     """The Data of --dataset and --gen-data, where --data-device says. Raises InputError."""
     (images, labels), (test_images, test_labels), classes = load_real(options)
+    share = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    share, level = share / share[0].sum(), np.arange(256) / 255
+    mean, std = share @ level, (share @ level ** 2 - (share @ level) ** 2).clip(1e-6) ** 0.5
+    mean, std = (each.round(4) for each in (mean, std))  # to the digits that papers give for CIFAR
     if size := options.real_size:
         order = np.random.default_rng(options.seed).permutation(len(labels))
         keep = [order[labels[order] == label][:size // len(classes) + (label < size % len(classes))]
@@ -647,17 +649,12 @@ def load_data(options):
             raise InputError(f"--real-size {size}: too few images in a class for equal shares")
         keep = np.sort(np.concatenate(keep))
         images, labels = images[keep], labels[keep]
-    levels, (mean, std) = np.arange(256) / 255, STATISTICS.get(options.dataset, ([], []))
-    for channel in range(0 if mean else 3):
-        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., 0].size
-        mean = [*mean, levels @ share]
-        std = [*std, max((levels - mean[-1]) ** 2 @ share, 1e-6) ** 0.5]
     pool, crc = append_generated(images, options)
     labels = F.pad(torch.as_tensor(labels), (0, len(pool) - len(labels)), value=-1)
-    device, wait = choose_device(options), options.data_device
-    if wait == "auto" and device.type == "cuda" and pool.numel() > torch.cuda.mem_get_info()[0] / 2:
-        wait = "cpu"
-    wait = device if wait in ("auto", device.type) else torch.device(wait)
+    device = wait = choose_device(options)
+    fits = device.type != "cuda" or pool.numel() < torch.cuda.mem_get_info()[0] / 2
+    if options.data_device == "cpu" or options.data_device == "auto" and not fits:
+        wait = torch.device("cpu")
     mean, std = (torch.tensor(each).float().view(3, 1, 1).to(device) for each in (mean, std))
     return Data(pool.to(wait), labels.to(wait), len(images), torch.from_numpy(test_images),
                 torch.as_tensor(test_labels).to(device), classes, mean, std, [zlib.crc32(images), *crc])
@@ -668,7 +665,7 @@ def load_real(options):
     if name == "shapes":
         from download_generated import shapes  # the demo's data set is not part of the method
         return shapes(size)
-    if name not in STATISTICS:
+    if name not in ("cifar10", "cifar100"):
         train, test = (load_folder(Path(name) / split, size) for split in ("train", "test"))
         if odd := {*train[2]} ^ {*test[2]}:
             raise InputError(f"--dataset {name}: train and test differ in class {min(odd)}")
@@ -692,18 +689,19 @@ def load_folder(folder, size):
     def read(path):
         try:
             with Image.open(path) as image:
-                return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+                return np.asarray(image)
         except Exception as error:  # a broken image can fail in any way
-            raise InputError(f"--dataset: {path} is no readable image; repair or remove it") from error
+            raise InputError(f"--dataset: {path} is no readable image: repair or remove it") from error
     try:
         found = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: "/." not in path)
     except OSError as error:
-        raise InputError(f"--dataset: {folder} is no folder of classes of images ({one_line(error)}); "
-                         "give cifar10, cifar100, shapes or a folder {train,test}/<class>/*") from error
+        raise InputError(f"--dataset: {folder} has no classes of images ({one_line(error)}); give "
+                         "cifar10, cifar100, shapes or a folder {train,test}/<class>/*") from error
     if len(found.classes) < 2:
         raise InputError(f"--dataset: {folder} has one class only, {found.classes[0]}")
     with ThreadPoolExecutor() as threads:
-        images = np.stack([*threads.map(lambda sample: np.asarray(read(sample[0])), found.samples)])
+        images = np.stack([*threads.map(read, (path for path, _ in found.samples))])
     return images, np.array(found.targets), found.classes
 
 def npz_member(path, key="image", rows=4096):
@@ -747,10 +745,10 @@ def append_generated(real, options):
     files = {path: npz_member(path) for path in options.gen_data or []}
     for path, (shape, dtype, _) in files.items():
         if dtype != np.uint8 or shape[1:] != real.shape[1:] or not shape[0]:
-            raise InputError(f"--gen-data {path}: has {dtype} {shape}, but the real images ask for uint8"
-                             f" (N, {str(real.shape[1:])[1:]}; download_generated.py --from-npz converts")
+            raise InputError(f"--gen-data {path}: has {dtype} {shape}, not uint8 N x {real.shape[1]} x "
+                             f"{real.shape[1]} x 3; `download_generated.py --from-npz` converts")
     total = sum(shape[0] for shape, _, _ in files.values())
-    size = options.gen_size or total if files else 0
+    size = (options.gen_size or total) if files else 0
     if size > total:
         raise InputError(f"--gen-size {size}: --gen-data has only {total} images")
     wanted = np.zeros(total, bool)
@@ -772,16 +770,6 @@ def looks_bgr(generated_means, real_means):
     generated, real = np.asarray(generated_means), np.asarray(real_means)
     return bool(np.abs(generated[::-1] - real).sum() + 1 < np.abs(generated - real).sum())
 
-def prefetch(draw, step, stop, ahead):
-    """draw(step), draw(step + 1), ...; with `ahead`, a thread draws one while another is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        submit = thread.submit if ahead else lambda draw, step: step
-        upcoming = submit(draw, step)
-        for step in range(step, stop):
-            current = upcoming.result() if ahead else draw(upcoming)
-            upcoming = submit(draw, min(step + 1, stop - 1))
-            yield current
-
 # ---- Device, precision, compilation --------------------------------------------------------------
 
 def choose_device(options):
@@ -793,14 +781,15 @@ def choose_device(options):
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 def choose_precision(options):
-    """The dtype of --amp; auto asks whether the hardware multiplies bf16, as recent CPUs do."""
-    device = choose_device(options)
-    if options.amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[options.amp]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+    """(dtype, autocast context) of --amp; auto takes bf16 where the hardware multiplies it."""
+    device, cpu = choose_device(options), getattr(torch.cpu, "get_capabilities", dict)()
+    name = options.amp
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    elif name == "auto" and device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+        name = "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+    return dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def tune_process():
     """Process-wide settings for speed: by main, never by import."""
@@ -992,10 +981,6 @@ class Run:
             self.log("evaluation", step, scores())
         self.safe = False
 
-    def draw_views(self, two_views):
-        if rank() == 0 and not (self.folder / "views.png").exists():
-            write_whole(self.folder / "views.png", views_picture(self.data, two_views))
-
     def finish(self, model):
         """Write encoder.pt, curves.png and result.json; return the result."""
         scores, training = self.records("evaluation")[-1], self.records("training")
@@ -1053,7 +1038,8 @@ def load_checkpoint(folder):
 def load_encoder(path):
     """The backbone in an encoder.pt, in eval mode: normalised N x 3 x n x n -> N x D. Raises InputError.
 
-    With the run's config.json beside it, .mean and .std (3 x 1 x 1) normalise images in 0..1."""
+    With the run's config.json beside it, .mean and .std (3 x 1 x 1) normalise images in 0..1;
+    without it, the stem padding is taken to be 1."""
     try:
         weights, folder = torch.load(path, map_location="cpu", weights_only=True), Path(path).parent
         config = read_config(folder) if (folder / "config.json").exists() else None
@@ -1092,20 +1078,12 @@ def share_of(batch_size):
         raise InputError(f"--batch-size {batch_size}: {world_size()} processes cannot share it equally")
     return slice(rank() * mine, (rank() + 1) * mine)
 
-class SumOverProcesses(torch.autograd.Function):
-    """y = x_1 + ... + x_W in every process; so the gradient of x_r is the sum of all gradients of y."""
-    @staticmethod
-    def forward(ctx, x):
-        y = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.forward(ctx, gradient)
-
 def sum_over_processes(x):
-    return SumOverProcesses.apply(x) if world_size() > 1 else x
+    """y = x_1 + ... + x_W in every process; the gradient of x_r is the sum of all gradients of y."""
+    if world_size() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+    return all_reduce(x)
 
 def sum_gradients(model):
     """Every process has the gradient of its part of the loss; their sum, not mean, is the whole."""
@@ -1139,21 +1117,18 @@ def BatchNorm(channels):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def views_picture(data, two_views, count=8):
-    """PNG bytes, the network's diet: eight real (left) and generated images (right) in the top row, and
-    their two views below."""
-    index = torch.randint(data.n_real, (count,), generator=random_stream("cpu", 0))
+def write_views(path, data, two_views):
+    """What the network sees: eight real and eight generated images, their two views below them."""
+    index = torch.linspace(0, data.n_real - 1, 8).long()
     if n_generated := len(data.images) - data.n_real:
-        more = torch.randint(n_generated, (count,), generator=random_stream("cpu", 1))
-        index = torch.cat([index, data.n_real + more])
+        index = torch.cat([index, data.n_real + torch.linspace(0, n_generated - 1, 8).long()])
     images = data.images[index.to(data.images.device)].to(data.mean.device)
-    uniform = torch.rand(2, len(index), two_views.DRAWS, generator=random_stream("cpu", 2))
+    uniform = torch.rand(2, len(index), two_views.DRAWS, generator=random_stream("cpu", VIEWS))
     views = two_views.apply(images.repeat(2, 1, 1, 1), two_views.draw(uniform.to(data.mean.device)))
     rows = torch.cat([images.permute(0, 3, 1, 2) / 255, views * data.std + data.mean])
-    rows = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n))
-    buffer = io.BytesIO()
+    rows, buffer = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n)), io.BytesIO()
     torchvision.utils.save_image(rows, buffer, format="png", nrow=len(index), padding=3, pad_value=1)
-    return buffer.getvalue()
+    write_whole(path, buffer.getvalue())
 
 def write_figure(path, draw, *arguments):
     """A PNG file of two panels that draw(left, right, *arguments) fills, if there is matplotlib."""
@@ -1184,8 +1159,6 @@ def draw_comparison(left, right, table):
         axis.set(xlabel=f"{metric}, %", yticks=range(0, -len(table), -1), yticklabels=list(table))
 
 # ---- Experiments and main ------------------------------------------------------------------------
-
-METRICS = ("online_top1", "linear_top1", "knn_top1")
 
 def compare(options, data):
     """The four cells over --seeds, everything else equal: a table, comparison.json and .png."""
@@ -1242,8 +1215,7 @@ def evaluate_only(options, data):
     model = SimCLR(options, len(data.classes))
     model.load_state_dict(checkpoint["model"])
     model.to(data.mean.device, memory_format=torch.channels_last)
-    precision = choose_precision(options)
-    amp = torch.autocast(data.mean.device.type, precision, enabled=precision != torch.float32)
+    _, amp = choose_precision(options)
     scores = {"steps": checkpoint["step"], **evaluate(model, data, options, amp, linear=True)}
     say(json.dumps(scores))
     return scores
