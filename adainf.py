@@ -45,12 +45,12 @@ class Augmentation:
 RECIPES = {"strong": Augmentation(0.08, 0.8, (0.8, 0.8, 0.8, 0.2)),  # SimCLR's own
            "weak": Augmentation(0.2, 0.4, (0.4, 0.4, 0.4, 0.1))}  # AdaInf's
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float in low..high."""
+def number(kind, low, high=10 ** 9):
+    """An argparse type: an int or float in low..high."""
     def convert(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number in {low}..{high}")
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
         return value
     convert.__name__ = kind.__name__
     return convert
@@ -89,10 +89,10 @@ def build_parser():
         nargs="+", metavar="P")
     add("--flip-prob", None, share, "probability of a horizontal flip")
     group = parser.add_argument_group("model")
-    add("--width", 64, count, "channels of the ResNet-18's first stage")
+    add("--width", 64, number(int, 1, 1024), "channels of the ResNet-18's first stage")
     add("--stem-padding", 1, number(int, 0, 2), "zeros around the image, pixels; official code: 2")
-    add("--proj-hidden", 2048, count, "hidden units of the projector")
-    add("--proj-dim", 256, count, "outputs of the projector")
+    add("--proj-hidden", 2048, number(int, 1, 65536), "hidden units of the projector")
+    add("--proj-dim", 256, number(int, 1, 65536), "outputs of the projector")
     add("--temperature", 0.2, heat, "temperature of NT-Xent")
     group = parser.add_argument_group("optimisation")
     add("--steps", 100_000, count, "training steps, however much data there is")
@@ -602,6 +602,7 @@ def parse_options(argv=None):
         options.gen_data = [f"{options.data_dir}/shapes{options.image_size}-generated.npz"]
     if options.dry_run:
         options.steps = options.linear_epochs = 1
+        options.warmup_steps = 0
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     name = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
     for key, value in dict(
@@ -614,6 +615,9 @@ def parse_options(argv=None):
             (options.ratio == 0 and not options.gen_data, "--ratio 0: has no images without --gen-data"),
             (options.compare and not options.gen_data, "--compare: has no inflation without --gen-data"),
             (options.jitter and options.jitter[3] > 0.5, "--jitter: hue is more than 0.5 turns"),
+            (options.data_device == "cuda" and choose_device(options).type != "cuda",
+             "--data-device cuda: --device is another one"),
+            (options.gen_size and not options.gen_data, "--gen-size: needs --gen-data"),
             (len(options.solarize_prob or []) > 2, "--solarize-prob: more than one value a view")]:
         if wrong:
             raise InputError(why)
@@ -657,7 +661,7 @@ def load_data(options):
         wait = torch.device("cpu")
     mean, std = (torch.tensor(each).float().view(3, 1, 1).to(device) for each in (mean, std))
     return Data(pool.to(wait), labels.to(wait), len(images), torch.from_numpy(test_images),
-                torch.as_tensor(test_labels).to(device), classes, mean, std, [zlib.crc32(images), *crc])
+                torch.as_tensor(test_labels).to(device), classes, mean, std, [*map(zlib.crc32, (images, test_images)), *crc])
 
 def load_real(options):
     """(train images, labels), (test images, labels), class names; numpy, uint8 and int64."""
@@ -681,7 +685,8 @@ def load_real(options):
     except (OSError, RuntimeError) as error:
         raise InputError(f"--dataset {name}: {one_line(error)}; `python download_generated.py {name}` "
                          "resumes a download and knows a second source") from error
-    return (train.data, np.array(train.targets)), (test.data, np.array(test.targets)), train.classes
+    sets = [(np.ascontiguousarray(each.data), np.array(each.targets)) for each in (train, test)]
+    return *sets, train.classes
 
 def load_folder(folder, size):
     """(images, labels, class names) of folder/<class>/*, cropped to squares and resized (bicubic)."""
@@ -694,7 +699,7 @@ def load_folder(folder, size):
         except Exception as error:  # a broken image can fail in any way
             raise InputError(f"--dataset: {path} is no readable image: repair or remove it") from error
     try:
-        found = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: "/." not in path)
+        found = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: "/." not in path[len(str(folder)):])
     except OSError as error:
         raise InputError(f"--dataset: {folder} has no classes of images ({one_line(error)}); give "
                          "cifar10, cifar100, shapes or a folder {train,test}/<class>/*") from error
@@ -878,8 +883,12 @@ class Run:
         """A JSON object a line in log.jsonl, and its essence on the screen."""
         self.lines.append({"event": event, "step": step, **values})
         if rank() == 0:
-            self.log_file.write(json.dumps(self.lines[-1]).encode() + b"\n")
-            self.log_file.flush()
+            try:
+                self.log_file.write(json.dumps(self.lines[-1]).encode() + b"\n")
+                self.log_file.flush()
+            except OSError as error:
+                raise RunError(f"cannot write {self.log_file.name} ({error.strerror}); the last "
+                               "checkpoint is good, and the same command continues") from error
         if event == "training":
             days, left = divmod(values["seconds_left"], 86400)
             say(f"step {step:7,}  loss {values['loss']:.4f}  lr {values['lr']:.4f}  "
@@ -915,16 +924,8 @@ class Run:
 
     def restore(self, state):
         """Load the newest whole checkpoint, cut the log back to it, return its step: 0 without one."""
-        checkpoint, step = load_checkpoint(self.folder), 0
-        if checkpoint:
-            try:
-                step = checkpoint["step"]
-                state["meter"].copy_(torch.tensor(checkpoint["meter"])).mul_(rank() == 0)
-                for name in ("model", "optimizer", "scaler"):
-                    state[name].load_state_dict(checkpoint[name])
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise InputError(f"{self.folder}: its checkpoint is not of this model ("
-                                 f"{one_line(error)})") from error
+        step = load_checkpoint(self.folder, state, discard_damaged=rank() == 0)
+        if step:
             say(f"continues  {self.folder} after step {step:,}")
         if sum_over_processes(torch.tensor(float(step), device=state["meter"].device)) != step * world_size():
             raise RunError(f"--out {self.folder}: is not one folder for all processes")
@@ -984,9 +985,10 @@ class Run:
     def finish(self, model):
         """Write encoder.pt, curves.png and result.json; return the result."""
         scores, training = self.records("evaluation")[-1], self.records("training")
-        speed = statistics.median(line["images_per_second"] for line in training)
+        speed = statistics.median(line["images_per_second"] for line in training) if training else None
         result = {**{name: scores[name] for name in METRICS}, **self.facts, "seed": self.options.seed,
-                  "steps": scores["step"], "loss": training[-1]["loss"], "images_per_second": speed}
+                  "steps": scores["step"], "loss": training[-1]["loss"] if training else None,
+                  "images_per_second": speed}
         if rank() == 0:
             write_whole(self.folder / "encoder.pt", torch_bytes(model.backbone.state_dict()))
             write_figure(self.folder / "curves.png", draw_curves, training, self.records("evaluation"))
@@ -1022,18 +1024,32 @@ def read_config(folder):
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: has no config.json of a run ({one_line(error)})") from error
 
-def load_checkpoint(folder):
-    """The newest whole checkpoint in a run's folder, None without any. Raises InputError."""
+def load_checkpoint(folder, state, discard_damaged=False):
+    """Load the newest whole checkpoint of a run's folder into `state`, a dict of what has a state_dict
+    and of the tensor "meter". Returns its step, 0 without any. Raises InputError."""
     paths = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt") if path.exists()]
     for path in paths:
         try:
             if member := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
                 raise ValueError(f"checksum of {member}")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail in any way
             say(f"warning: {path} is damaged ({one_line(error)}); trying the one before it")
+            continue
+        if discard_damaged and path != paths[0]:
+            paths[0].unlink()  # or the next save would put it in the place of the good one
+        try:
+            for name, part in state.items():
+                if name == "meter":  # its sums belong to one of many processes
+                    part.copy_(torch.tensor(checkpoint[name])).mul_(rank() == 0)
+                else:
+                    part.load_state_dict(checkpoint[name])
+            return int(checkpoint["step"])
+        except Exception as error:  # a file from elsewhere can fail in any way
+            raise InputError(f"{path}: is no checkpoint of this model ({one_line(error)})") from error
     if paths:
         raise InputError(f"{folder}: has no whole checkpoint left; choose a new --out")
+    return 0
 
 def load_encoder(path):
     """The backbone in an encoder.pt, in eval mode: normalised N x 3 x n x n -> N x D. Raises InputError.
@@ -1162,7 +1178,7 @@ def draw_comparison(left, right, table):
 
 def compare(options, data):
     """The four cells over --seeds, everything else equal: a table, comparison.json and .png."""
-    real = dataclasses.replace(data, images=data.images[:data.n_real], crc=data.crc[:1],
+    real = dataclasses.replace(data, images=data.images[:data.n_real], crc=data.crc[:2],
                                labels=data.labels[:data.n_real])
     cells = {"no inflation, strong": (real, None, 1, "strong"),
              "no inflation, weak": (real, None, 1, "weak"),
@@ -1209,14 +1225,13 @@ def baselines(options, data):
 
 def evaluate_only(options, data):
     """Print the scores of the newest checkpoint of the run --eval-only; writes nothing."""
-    checkpoint = load_checkpoint(Path(options.eval_only))
-    if checkpoint is None:
-        raise InputError(f"--eval-only {options.eval_only}: has no checkpoint yet")
     model = SimCLR(options, len(data.classes))
-    model.load_state_dict(checkpoint["model"])
+    step = load_checkpoint(Path(options.eval_only), {"model": model})
+    if not step:
+        raise InputError(f"--eval-only {options.eval_only}: has no checkpoint yet")
     model.to(data.mean.device, memory_format=torch.channels_last)
     _, amp = choose_precision(options)
-    scores = {"steps": checkpoint["step"], **evaluate(model, data, options, amp, linear=True)}
+    scores = {"steps": step, **evaluate(model, data, options, amp, linear=True)}
     say(json.dumps(scores))
     return scores
 
@@ -1238,7 +1253,9 @@ def main(argv=None):
         return work(options, load_data(options))
     except InputError as error:
         message, status = str(error), error.status
-    except torch.OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        message, status = "stopped by SIGINT before the first step", 128 + signal.SIGINT
+    except (torch.OutOfMemoryError, MemoryError) as error:
         message, status = f"{one_line(error)} Try a smaller --batch-size, or --data-device cpu", 1
     except RuntimeError as error:
         if world_size() == 1 or not any(w in str(error) for w in ("onnection", "NCCL", "imed out")):
