@@ -64,7 +64,8 @@ def build_parser():
         text += "" if default in (None, False) else " (default: %(default)s)"
         group.add_argument(flag, default=default, help=text, **more)
     count, index, share = number(int, 1), number(int, 0), number(float, 0, 1)
-    positive, scale, heat = number(float, 1e-9), number(float, 0), number(float, 1e-3)
+    positive, scale = number(float, 1e-9, 1e30), number(float, 0, 1e30)
+    heat = number(float, 1e-3)
 
     group = parser.add_argument_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, shapes or a folder {train,test}/<class>/*")
@@ -840,7 +841,7 @@ class Run:
         if rank() == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.log_file = open(self.folder / "log.jsonl", "a+b")
+                self.log_file = open(self.folder / "log.jsonl", "ab", buffering=0)
                 with contextlib.suppress(ImportError):  # without fcntl there is no lock
                     import fcntl
                     fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -851,6 +852,7 @@ class Run:
             if (self.folder / "config.json").exists():
                 self.refuse_changes(read_config(self.folder))
             write_whole(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+        barrier()  # nobody looks for checkpoints before the folder is ready
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
         self.handlers = {name: signal.signal(getattr(signal, name), self.hear) for name in names}
         return self
@@ -867,6 +869,7 @@ class Run:
         if before["dry_run"] and not now["dry_run"]:
             for name in ("checkpoint.pt", "checkpoint.prev.pt"):
                 (self.folder / name).unlink(missing_ok=True)
+            self.log_file.truncate(0)
             return
         changes = [(f"--{name.replace('_', '-')}", before.get(name), value)
                    for name, value in now.items() if name not in self.FREE]
@@ -885,7 +888,6 @@ class Run:
         if rank() == 0:
             try:
                 self.log_file.write(json.dumps(self.lines[-1]).encode() + b"\n")
-                self.log_file.flush()
             except OSError as error:
                 raise RunError(f"cannot write {self.log_file.name} ({error.strerror}); the last "
                                "checkpoint is good, and the same command continues") from error
@@ -941,9 +943,8 @@ class Run:
 
     def cut_log(self, step):
         """Drop torn lines and those of steps that will be done again."""
-        self.log_file.seek(0)
         end = 0
-        for line in self.log_file:
+        for line in (self.folder / "log.jsonl").read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 if line.endswith(b"\n") and record["step"] <= step:
