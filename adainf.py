@@ -875,7 +875,8 @@ class Run:
                    for name, value in now.items() if name not in self.FREE]
         for name, value, new in [*changes, ("data with checksums", old["crc"], self.config["crc"]),
                                  ("--steps", before["steps"], max(before["steps"], now["steps"]))]:
-            if value != new and not (name == "--steps" and now["steps"] > value):
+            longer = name in ("--steps", "--warmup-steps") and now["steps"] > before["steps"]
+            if value != new and not longer:
                 raise InputError(f"--out {self.folder}: was begun with {name} {value}, not {new}; "
                                  "choose a new --out, or go on with the old value")
         if now["steps"] > before["steps"]:
@@ -931,8 +932,7 @@ class Run:
             say(f"continues  {self.folder} after step {step:,}")
         if sum_over_processes(torch.tensor(float(step), device=state["meter"].device)) != step * world_size():
             raise RunError(f"--out {self.folder}: is not one folder for all processes")
-        if rank() == 0:
-            self.cut_log(step)
+        self.cut_log(step)
         self.log("start", step, dict(
             argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), processes=world_size(),
             device=torch.cuda.get_device_name() if state["meter"].is_cuda else state["meter"].device.type,
@@ -942,7 +942,7 @@ class Run:
         return step
 
     def cut_log(self, step):
-        """Drop torn lines and those of steps that will be done again."""
+        """Read the log; drop torn lines and those of steps that will be done again."""
         end = 0
         for line in (self.folder / "log.jsonl").read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -952,7 +952,8 @@ class Run:
                     end += len(line)
                     continue
             break
-        self.log_file.truncate(end)
+        if rank() == 0:
+            self.log_file.truncate(end)
 
     def hear(self, number, _):
         """A signal asks to stop after this step; a second one, or one when all is saved, at once."""
@@ -1095,12 +1096,20 @@ def share_of(batch_size):
         raise InputError(f"--batch-size {batch_size}: {world_size()} processes cannot share it equally")
     return slice(rank() * mine, (rank() + 1) * mine)
 
-def sum_over_processes(x):
+class SumOverProcesses(torch.autograd.Function):
     """y = x_1 + ... + x_W in every process; the gradient of x_r is the sum of all gradients of y."""
-    if world_size() == 1:
-        return x
-    from torch.distributed.nn.functional import all_reduce
-    return all_reduce(x)
+    @staticmethod
+    def forward(ctx, x):
+        y = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)
+
+def sum_over_processes(x):
+    return SumOverProcesses.apply(x) if world_size() > 1 else x
 
 def sum_gradients(model):
     """Every process has the gradient of its part of the loss; their sum, not mean, is the whole."""

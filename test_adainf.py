@@ -681,7 +681,8 @@ def runs_argv(data, out, *more):
     """24 steps of 8 images, 7 to an epoch; checkpoints, log lines and evaluations out of step."""
     return [*f"--dataset {data}/images --gen-data {data}/gen.npz --ratio 1 --image-size 16 --width 2 "
             f"--proj-hidden 8 --proj-dim 4 --batch-size 8 --steps 24 --warmup-steps 3 --log-every 4 "
-            f"--save-every 5 --eval-every 8 --linear-epochs 2 --device cpu --amp off".split(),
+            f"--save-every 5 --eval-every 8 --linear-epochs 2 --device cpu --amp off "
+            f"--lr 0.001 --probe-lr 0.001".split(),
             "--out", str(out), *map(str, more)]
 
 def runs_flat(value, path=""):
@@ -1092,7 +1093,7 @@ def runs_finished(runs_data, tmp_path_factory):
     return out
 
 @pytest.mark.parametrize("option, new, old", [
-    ("--ratio", "2", "1"), ("--lr", "0.1", "0.4"), ("--aug", "strong", "auto"), ("--seed", "1", "0"),
+    ("--ratio", "2", "1"), ("--lr", "0.1", "0.001"), ("--aug", "strong", "auto"), ("--seed", "1", "0"),
     ("--batch-size", "6", "8"), ("--width", "4", "2"), ("--temperature", "0.5", "0.2"),
     ("--gray-prob", "0.3", "None"), ("--linear-epochs", "3", "2"),
     ("--gen-size", "20", "None"), ("--gen-data", "other.npz", "checksums"),
