@@ -1399,7 +1399,7 @@ def test_runs_processes_share_loss_and_norm_exactly(tmp_path, world):
         for ours in [torch.cat(each)] if place < 2 else each:
             runs_assert_close(ours, whole)
 
-def runs_assert_near(folder, reference, tolerance=1e-3):
+def runs_assert_near(folder, reference, tolerance=3e-3):
     """As runs_assert_same, to float tolerance in weights and losses."""
     outcome = runs_outcome(folder)
     assert outcome.keys() == reference.keys()
