@@ -99,7 +99,7 @@ def build_parser():
     add("--steps", 100_000, count, "training steps, however much data there is")
     add("--batch-size", 512, number(int, 2), "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
-    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps")
+    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps, 10%% in --demo")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
     add("--momentum", 0.9, share, "momentum of LARS")
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
@@ -589,7 +589,7 @@ class RunError(InputError):
     status = 1
 
 METRICS = ("online_top1", "linear_top1", "knn_top1")
-DEMO = dict(dataset="shapes", compare=True, image_size=16, real_size=500, width=16, steps=600,
+DEMO = dict(dataset="shapes", compare=True, image_size=16, real_size=500, width=16, steps=500,
             batch_size=128, proj_hidden=256, proj_dim=64, out="runs/demo", eval_every=0)
 
 def parse_options(argv=None):
@@ -607,7 +607,7 @@ def parse_options(argv=None):
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     name = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
     for key, value in dict(
-            warmup_steps=round(0.01 * options.steps), eval_every=math.ceil(options.steps / 5),
+            warmup_steps=round((0.1 if options.demo else 0.01) * options.steps), eval_every=math.ceil(options.steps / 5),
             save_every=math.ceil(0.01 * options.steps), seeds=[options.seed], out=f"runs/{name}",
             compile=choose_device(options).type == "cuda").items():
         setattr(options, key, value if getattr(options, key) is None else getattr(options, key))

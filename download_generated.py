@@ -412,22 +412,24 @@ def run(options):
 
 # ---- The demo's data set ------------------------------------------------------------------------
 
-KINDS = ("disc", "square", "triangle", "ring", "cross")
-HUES = {"warm": 0.05, "cool": 0.55}  # centres on the colour circle; hues spread +- 0.15 around them
+KINDS = ("red disc", "yellow square", "green triangle", "blue ring", "purple cross")
+GROUNDS = {"before": -1 / 3, "after": 1 / 3}  # hue of the ground relative to the shape's, turns
 DEFECTS = 0.4  # share of generated images that show what no real image shows
 
 
 def draw_shapes(labels, size, rng):
-    """One image for each label in 0..9 (kind = label // 2, hue = label % 2): uint8 N x size x size x 3.
+    """One image for each label in 0..9 (kind = label // 2, ground = label % 2): uint8 N x size x size x 3.
 
-    Place, size, angle, tint, texture and background are random; the class is what is left.
+    A kind has a form and a hue, fifths of the colour circle apart; hues of neighbours touch. The
+    ground's hue lies a third of the circle before or after it. Place, size, angle, saturation,
+    brightness and texture are random.
     """
     labels = np.asarray(labels)
     def uniform(low, high):
         return rng.uniform(low, high, (len(labels), 1, 1)).astype(np.float32)
     axis = (np.arange(2 * size, dtype=np.float32) + 0.5) / size - 1  # drawn at twice the size
-    radius, angle = uniform(0.35, 0.65), uniform(0, 2 * np.pi)
-    x, y = axis[None, None, :] - uniform(-0.35, 0.35), axis[None, :, None] - uniform(-0.35, 0.35)
+    radius, angle = uniform(0.35, 0.75), uniform(0, 2 * np.pi)
+    x, y = axis[None, None, :] - uniform(-0.4, 0.4), axis[None, :, None] - uniform(-0.4, 0.4)
     u = (np.cos(angle) * x + np.sin(angle) * y) / radius
     v = (np.cos(angle) * y - np.sin(angle) * x) / radius
     distance = np.hypot(u, v)
@@ -436,12 +438,12 @@ def draw_shapes(labels, size, rng):
         [distance < 0.95, np.maximum(abs(u), abs(v)) < 0.85,
          np.maximum(abs(u) * 0.87 + v / 2, -v) < 0.6, (distance < 1.05) & (distance > 0.6),
          (np.minimum(abs(u), abs(v)) < 0.3) & (distance < 1.1)])
-    texture = np.sin(uniform(4, 9) * u + uniform(0, 6)) * uniform(0, 0.25)
-    hue = np.choose(labels % 2, list(HUES.values()))[:, None, None] + uniform(-0.15, 0.15)
-    shape = hue_to_rgb(hue, uniform(0.5, 1), uniform(0.6, 1) + texture)
-    slope = uniform(-0.3, 0.3) * x + uniform(-0.3, 0.3) * y
-    ripple = np.sin(uniform(2, 8) * x + uniform(2, 8) * y + uniform(0, 6)) * uniform(0, 0.2)
-    ground = hue_to_rgb(uniform(0, 1), uniform(0, 0.6), uniform(0.2, 0.8) + slope + ripple)
+    texture = np.sin(uniform(4, 9) * u + uniform(0, 6)) * uniform(0, 0.3)
+    hue = (labels // 2 / len(KINDS))[:, None, None] + uniform(-0.1, 0.1)
+    relation = np.choose(labels % 2, list(GROUNDS.values()))[:, None, None] + uniform(-0.05, 0.05)
+    slope = uniform(-0.2, 0.2) * x + uniform(-0.2, 0.2) * y
+    shape = hue_to_rgb(hue, uniform(0.3, 1), uniform(0.4, 1) + texture)
+    ground = hue_to_rgb(hue + relation, uniform(0.3, 1), uniform(0.3, 0.9) + slope)
     image = np.where(inside[..., None], shape, ground)
     image = image.reshape(len(labels), size, 2, size, 2, 3).mean((2, 4))
     image += rng.normal(0, 0.03, image.shape)
@@ -460,7 +462,7 @@ def shapes(size=16, train=5000, test=2000, seed=0):
     for part, count in enumerate((train, test)):
         labels = np.arange(count) % 10
         sets.append((draw_shapes(labels, size, np.random.default_rng((seed, part))), labels))
-    return *sets, [f"{hue} {kind}" for kind in KINDS for hue in HUES]
+    return *sets, [f"{kind}, ground {side}" for kind in KINDS for side in GROUNDS]
 
 
 def generate_shapes(path, size=16, count=20_000, seed=0):
