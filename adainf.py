@@ -82,7 +82,7 @@ def build_parser():
         choices=["auto", *RECIPES])
     add("--crop-min", None, number(float, 1e-3, 1), "smallest crop, as a share of the image's area")
     add("--jitter-prob", None, share, "probability of colour jitter")
-    add("--jitter", None, scale, "strength: brightness, contrast, saturation (1 +- it), hue (turns)",
+    add("--jitter", None, scale, "strength: brightness, contrast, saturation (1 +-), hue (turns)",
         nargs=4, metavar=tuple("BCSH"))
     add("--gray-prob", None, share, "probability of grayscale")
     add("--blur-prob", None, share, "probability of Gaussian blur, sigma 0.1 to 2 pixels")
@@ -99,13 +99,13 @@ def build_parser():
     add("--steps", 100_000, count, "training steps, however much data there is")
     add("--batch-size", 512, number(int, 2), "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
-    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps, 10%% in --demo")
+    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps, --demo 10%%")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
     add("--momentum", 0.9, share, "momentum of LARS")
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
     add("--seed", 0, index, "decides every random draw")
     group = parser.add_argument_group("evaluation")
-    add("--eval-every", None, index, "steps between evaluations; 0: none but the last; default a fifth")
+    add("--eval-every", None, index, "steps between evaluations; 0: only the last; default a fifth")
     add("--knn-k", 20, count, "neighbours that vote")
     add("--knn-temperature", 0.07, heat, "a vote weighs exp(cosine / temperature)")
     add("--linear-epochs", 100, count, "epochs of the offline linear probe")
@@ -253,7 +253,7 @@ class TwoViews:
         first, last = torch.triu_indices(n, n, device=device)  # every crop there is
         self.crops = crop_matrices(first, last - first + 1, n)
         sigma = 0.1 + 1.9 * (torch.arange(self.BLURS) + 0.5) / self.BLURS
-        self.blurs = torch.cat([torch.eye(n, device=device)[None], blur_matrices(sigma, n).to(device)])
+        self.blurs = torch.cat([torch.eye(n)[None], blur_matrices(sigma, n)]).to(device)
         self.pipeline = lambda images, uniform: self.apply(images, self.draw(uniform))
 
     def __call__(self, images, uniform):
@@ -262,7 +262,7 @@ class TwoViews:
         return self.pipeline(images.repeat(2, 1, 1, 1), uniform)
 
     def draw(self, uniform):
-        """Parameters of 2B views, tensors of 2B rows; distributed as in torchvision's transforms."""
+        """Parameters of 2B views, tensors of 2B rows; distributed as in torchvision."""
         aug, n = self.aug, self.n
         area, aspect, corner, flip, factor, hue, jitter, order, gray, blur, sigma, solarize = (
             uniform.split([10, 10, 2, 1, 3, 1, 1, 4, 1, 1, 1, 1], dim=-1))
@@ -512,8 +512,8 @@ def train(options, data):
     meter = torch.zeros(5, device=device)  # sums since the last log line
     say(f"data      {data.n_real:,} real images of {len(data.classes)} classes and "
         f"{len(data.images) - data.n_real:,} generated ones, in {data.images.device.type} memory\n"
-        f"mixture   beta = {mixture.beta:.3f}: TV(P_t, P_d) = {1 - mixture.beta:.3f} TV(P_g, P_d) by "
-        f"Theorem 3.1; {mixture.size // options.batch_size:,} steps an epoch\n"
+        f"mixture   beta = {mixture.beta:.3f}: TV(P_t, P_d) = {1 - mixture.beta:.3f} TV(P_g, P_d) "
+        f"by Theorem 3.1; {mixture.size // options.batch_size:,} steps an epoch\n"
         f"views     {why}: {augmentation}\n"
         f"network   width {options.width}, {sum(p.numel() for p in learned) / 1e6:.2f} M parameters"
         f", {str(precision)[6:]} on {world_size()} x {device.type}\n"
@@ -569,8 +569,8 @@ def train(options, data):
                 loss, probing, hits, views, count = run.read(meter, step)  # the only host sync
                 seconds = (time.perf_counter() - clock) / (step - since)
                 run.log("training", step, dict(
-                    loss=loss / count, lr=optimizer.param_groups[0]["lr"], probe_loss=probing / count,
-                    probe_top1=100 * hits / max(views, 1),
+                    loss=loss / count, lr=optimizer.param_groups[0]["lr"],
+                    probe_loss=probing / count, probe_top1=100 * hits / max(views, 1),
                     images_per_second=options.batch_size / seconds,
                     seconds_left=seconds * (options.steps - step)))
                 meter.zero_()
@@ -607,14 +607,18 @@ def parse_options(argv=None):
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     name = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
     for key, value in dict(
-            warmup_steps=round((0.1 if options.demo else 0.01) * options.steps), eval_every=math.ceil(options.steps / 5),
+            warmup_steps=round((0.1 if options.demo else 0.01) * options.steps),
+            eval_every=math.ceil(options.steps / 5),
             save_every=math.ceil(0.01 * options.steps), seeds=[options.seed], out=f"runs/{name}",
             compile=choose_device(options).type == "cuda").items():
         setattr(options, key, value if getattr(options, key) is None else getattr(options, key))
     for wrong, why in [
-            (options.warmup_steps > options.steps, f"--warmup-steps: more than {options.steps} steps"),
-            (options.ratio == 0 and not options.gen_data, "--ratio 0: has no images without --gen-data"),
-            (options.compare and not options.gen_data, "--compare: has no inflation without --gen-data"),
+            (options.warmup_steps > options.steps,
+             f"--warmup-steps: more than {options.steps} steps"),
+            (options.ratio == 0 and not options.gen_data,
+             "--ratio 0: has no images without --gen-data"),
+            (options.compare and not options.gen_data,
+             "--compare: has no inflation without --gen-data"),
             (options.jitter and options.jitter[3] > 0.5, "--jitter: hue is more than 0.5 turns"),
             (options.data_device == "cuda" and choose_device(options).type != "cuda",
              "--data-device cuda: --device is another one"),
@@ -642,7 +646,7 @@ class Data:
 def load_data(options):
     """The Data of --dataset and --gen-data, where --data-device says. Raises InputError."""
     (images, labels), (test_images, test_labels), classes = load_real(options)
-    share = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    share = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
     share, level = share / share[0].sum(), np.arange(256) / 255
     mean, std = share @ level, (share @ level ** 2 - (share @ level) ** 2).clip(1e-6) ** 0.5
     mean, std = (each.round(4) for each in (mean, std))  # to the digits that papers give for CIFAR
@@ -662,7 +666,8 @@ def load_data(options):
         wait = torch.device("cpu")
     mean, std = (torch.tensor(each).float().view(3, 1, 1).to(device) for each in (mean, std))
     return Data(pool.to(wait), labels.to(wait), len(images), torch.from_numpy(test_images),
-                torch.as_tensor(test_labels).to(device), classes, mean, std, [*map(zlib.crc32, (images, test_images)), *crc])
+                torch.as_tensor(test_labels).to(device), classes, mean, std,
+                [*map(zlib.crc32, (images, test_images)), *crc])
 
 def load_real(options):
     """(train images, labels), (test images, labels), class names; numpy, uint8 and int64."""
@@ -680,17 +685,17 @@ def load_real(options):
     dataset = getattr(torchvision.datasets, name.upper())
     try:
         if rank() == 0:
-            dataset(options.data_dir, download=True)  # it unpickles, but only what has the known md5
+            dataset(options.data_dir, download=True)  # unpickles, if it has the known md5
         barrier()
         train, test = (dataset(options.data_dir, train=split) for split in (True, False))
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--dataset {name}: {one_line(error)}; `python download_generated.py {name}` "
-                         "resumes a download and knows a second source") from error
+        raise InputError(f"--dataset {name}: {one_line(error)}; `python download_generated.py "
+                         f"{name}` resumes a download and knows a second source") from error
     sets = [(np.ascontiguousarray(each.data), np.array(each.targets)) for each in (train, test)]
     return *sets, train.classes
 
 def load_folder(folder, size):
-    """(images, labels, class names) of folder/<class>/*, cropped to squares and resized (bicubic)."""
+    """(images, labels, class names) of folder/<class>/*, cropped to squares, resized (bicubic)."""
     from PIL import Image, ImageOps
     def read(path):
         try:
@@ -698,9 +703,11 @@ def load_folder(folder, size):
                 image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
                 return np.asarray(image)
         except Exception as error:  # a broken image can fail in any way
-            raise InputError(f"--dataset: {path} is no readable image: repair or remove it") from error
+            raise InputError(f"--dataset: {path} is no readable image: repair or remove it"
+                             ) from error
     try:
-        found = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: "/." not in path[len(str(folder)):])
+        found = torchvision.datasets.ImageFolder(
+            folder, is_valid_file=lambda path: "/." not in path[len(str(folder)):])
     except OSError as error:
         raise InputError(f"--dataset: {folder} has no classes of images ({one_line(error)}); give "
                          "cifar10, cifar100, shapes or a folder {train,test}/<class>/*") from error
@@ -711,7 +718,7 @@ def load_folder(folder, size):
     return images, np.array(found.targets), found.classes
 
 def npz_member(path, key="image", rows=4096):
-    """(shape, dtype, chunks) of array `key` in the npz file `path`; chunks yields its rows in order.
+    """(shape, dtype, chunks) of array `key` in the npz file `path`; chunks yields rows in order.
 
     It streams up to `rows` at a time, stored or compressed: a 3 GB file needs no memory of its own,
     and zip's checksum reveals damage. Never unpickles. Raises InputError."""
@@ -751,8 +758,9 @@ def append_generated(real, options):
     files = {path: npz_member(path) for path in options.gen_data or []}
     for path, (shape, dtype, _) in files.items():
         if dtype != np.uint8 or shape[1:] != real.shape[1:] or not shape[0]:
-            raise InputError(f"--gen-data {path}: has {dtype} {shape}, not uint8 N x {real.shape[1]} x "
-                             f"{real.shape[1]} x 3; `download_generated.py --from-npz` converts")
+            raise InputError(f"--gen-data {path}: has {dtype} {shape}, not uint8 N x "
+                             f"{real.shape[1]} x {real.shape[1]} x 3; "
+                             "`download_generated.py --from-npz` converts")
     total = sum(shape[0] for shape, _, _ in files.values())
     size = (options.gen_size or total) if files else 0
     if size > total:
@@ -780,7 +788,8 @@ def looks_bgr(generated_means, real_means):
 
 def choose_device(options):
     """The torch.device of --device; every process has a GPU of its own. Raises InputError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     name = options.device if options.device != "auto" else max(found, key=found.get)
     if not found[name]:
         raise InputError(f"--device {name}: there is none here; --device auto takes what there is")
@@ -792,8 +801,8 @@ def choose_precision(options):
     name = options.amp
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    elif name == "auto" and device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
-        name = "bf16"
+    elif name == "auto" and device.type == "cpu":
+        name = "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     return dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -802,11 +811,11 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed memory, or every
-            ctypes.CDLL("libc.so.6").mallopt(parameter, 2 ** 31 - 1)  # step faults it in again
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed memory, or
+            ctypes.CDLL("libc.so.6").mallopt(parameter, 2 ** 31 - 1)  # every step faults it in
 
 def compile_or_warn(model, two_views, trial):
-    """Compile in place and try a step, without a trace; if anything fails, training goes on eagerly."""
+    """Compile in place and try a step, without a trace; if it fails, training goes on eagerly."""
     started, buffers = time.perf_counter(), [buffer.clone() for buffer in model.buffers()]
     eager = two_views.pipeline
     try:
@@ -823,8 +832,8 @@ def compile_or_warn(model, two_views, trial):
 # ---- A run's folder ------------------------------------------------------------------------------
 
 class Run:
-    """The folder --out: configuration, log, checkpoints, results. The same command continues it, the
-    lock on its log keeps a second process out, and of many processes only the first writes."""
+    """The folder --out: configuration, log, checkpoints, results. The same command continues it,
+    the lock on its log keeps a second process out, and of many processes only the first writes."""
     FREE = {"out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every", "steps",
             "save_every", "eval_every", "eval_only", "compare", "seeds", "demo"}  # may change
 
@@ -848,7 +857,8 @@ class Run:
             except BlockingIOError:
                 raise InputError(f"--out {self.folder}: another process trains there") from None
             except OSError as error:
-                raise InputError(f"--out {self.folder}: cannot be written: {error.strerror}") from error
+                raise InputError(f"--out {self.folder}: cannot be written: {error.strerror}"
+                                 ) from error
             if (self.folder / "config.json").exists():
                 self.refuse_changes(read_config(self.folder))
             write_whole(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
@@ -880,8 +890,8 @@ class Run:
                 raise InputError(f"--out {self.folder}: was begun with {name} {value}, not {new}; "
                                  "choose a new --out, or go on with the old value")
         if now["steps"] > before["steps"]:
-            say(f"--steps grows from {before['steps']}: the learning rate jumps to the longer cosine, "
-                "so the result is not that of as many steps from the start")
+            say(f"--steps grows from {before['steps']}: the learning rate jumps to the longer "
+                "cosine, so the result is not that of as many steps from the start")
 
     def log(self, event, step, values):
         """A JSON object a line in log.jsonl, and its essence on the screen."""
@@ -895,47 +905,53 @@ class Run:
         if event == "training":
             days, left = divmod(values["seconds_left"], 86400)
             say(f"step {step:7,}  loss {values['loss']:.4f}  lr {values['lr']:.4f}  "
-                f"{values['images_per_second']:,.0f} images/s  {f'{days:.0f} days ' if days else ''}"
+                f"{values['images_per_second']:,.0f} images/s  "
+                f"{f'{days:.0f} days ' if days else ''}"
                 f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
         if event == "evaluation":
-            say(f"step {step:7,}  " + "  ".join(f"{name} {top1:.2f} %" for name, top1 in values.items()))
+            scores = (f"{name} {percent:.2f} %" for name, percent in values.items())
+            say(f"step {step:7,}  " + "  ".join(scores))
 
     def records(self, event, step=None):
-        return [line for line in self.lines if line["event"] == event and step in (None, line["step"])]
+        return [line for line in self.lines
+                if line["event"] == event and step in (None, line["step"])]
 
     def read(self, meter, step):
         """The meter's sums over all processes. Raises RunError if they are not finite."""
         values = sum_over_processes(meter).tolist()
         if not all(map(math.isfinite, values)):
-            raise RunError(f"the loss is not finite at step {step} (last finite: {self.last_finite}); "
-                           "the last checkpoint is good: try a lower --lr, or --amp off")
+            raise RunError(f"the loss is not finite at step {step} (last finite: "
+                           f"{self.last_finite}); the last checkpoint is good: try a lower "
+                           "--lr, or --amp off")
         if values[-1]:
             self.last_finite = f"{values[0] / values[-1]:.4f} at step {step}"
         return values
 
     def save(self, step, state):
-        """Checkpoint all that the next step depends on, if it is finite; keep the checkpoint before."""
+        """Checkpoint all that the next step depends on, if finite; keep the checkpoint before."""
         meter = self.read(state["meter"], step)
         if not all(value.isfinite().all() for value in state["model"].state_dict().values()):
-            raise RunError(f"the weights are not finite at step {step}; the last checkpoint is good: "
-                           "try a lower --lr, or --amp off")
+            raise RunError(f"the weights are not finite at step {step}; the last checkpoint is "
+                           "good: try a lower --lr, or --amp off")
         if rank() == 0:
             parts = {name: state[name].state_dict() for name in ("model", "optimizer", "scaler")}
             os.fsync(self.log_file.fileno())
-            write_whole(self.folder / "checkpoint.pt", torch_bytes(dict(step=step, meter=meter, **parts)),
+            content = torch_bytes(dict(step=step, meter=meter, **parts))
+            write_whole(self.folder / "checkpoint.pt", content,
                         keep=self.folder / "checkpoint.prev.pt")
 
     def restore(self, state):
-        """Load the newest whole checkpoint, cut the log back to it, return its step: 0 without one."""
+        """Load the newest whole checkpoint, cut the log back to it; its step, 0 without one."""
         step = load_checkpoint(self.folder, state, discard_damaged=rank() == 0)
         if step:
             say(f"continues  {self.folder} after step {step:,}")
-        if sum_over_processes(torch.tensor(float(step), device=state["meter"].device)) != step * world_size():
+        if sum_over_processes(state["meter"].new_tensor(float(step))) != step * world_size():
             raise RunError(f"--out {self.folder}: is not one folder for all processes")
         self.cut_log(step)
         self.log("start", step, dict(
             argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), processes=world_size(),
-            device=torch.cuda.get_device_name() if state["meter"].is_cuda else state["meter"].device.type,
+            device=torch.cuda.get_device_name() if state["meter"].is_cuda
+            else state["meter"].device.type,
             versions={module.__name__: module.__version__ for module in (torch, torchvision, np)},
             python=sys.version, script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()))
         self.safe = False
@@ -956,7 +972,7 @@ class Run:
             self.log_file.truncate(end)
 
     def hear(self, number, _):
-        """A signal asks to stop after this step; a second one, or one when all is saved, at once."""
+        """A signal asks to stop after this step; a second, or one when all is saved, at once."""
         if self.asked or self.safe:
             self.leave(number, "at once")
         self.asked = number
@@ -964,7 +980,8 @@ class Run:
     def stop_if_asked(self, step, state):
         asked = self.asked
         if world_size() > 1:  # all stop together; asking costs a sync, so only at every tenth step
-            total = step % 10 == 0 and int(sum_over_processes(state["meter"].new_tensor(float(asked))))
+            votes = state["meter"].new_tensor(float(asked))
+            total = step % 10 == 0 and int(sum_over_processes(votes))
             asked = total and (asked or signal.SIGTERM)
         if asked:
             self.save(step, state)
@@ -975,7 +992,7 @@ class Run:
         raise SystemExit(128 + number)
 
     def evaluate(self, step, state, scores):
-        """Log scores(), unless it is done; what comes before is saved, so a signal may break it off."""
+        """Log scores(), unless it is done; all before it is saved: a signal may break it off."""
         self.save(step, state)
         self.safe = True
         if self.asked:
@@ -987,19 +1004,21 @@ class Run:
     def finish(self, model):
         """Write encoder.pt, curves.png and result.json; return the result."""
         scores, training = self.records("evaluation")[-1], self.records("training")
-        speed = statistics.median(line["images_per_second"] for line in training) if training else None
-        result = {**{name: scores[name] for name in METRICS}, **self.facts, "seed": self.options.seed,
-                  "steps": scores["step"], "loss": training[-1]["loss"] if training else None,
-                  "images_per_second": speed}
+        speeds = [line["images_per_second"] for line in training]
+        result = {**{name: scores[name] for name in METRICS}, **self.facts,
+                  "seed": self.options.seed, "steps": scores["step"],
+                  "loss": training[-1]["loss"] if training else None,
+                  "images_per_second": statistics.median(speeds) if speeds else None}
         if rank() == 0:
             write_whole(self.folder / "encoder.pt", torch_bytes(model.backbone.state_dict()))
-            write_figure(self.folder / "curves.png", draw_curves, training, self.records("evaluation"))
+            write_figure(self.folder / "curves.png", draw_curves, training,
+                         self.records("evaluation"))
             write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
         say(f"results   in {self.folder}")
         return result
 
 def write_whole(path, content, keep=None):
-    """Write bytes to a file whole or not at all; with `keep`, what was there stays under that name."""
+    """Write bytes to a file whole or not at all; with `keep`, the old one stays under that name."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1010,7 +1029,8 @@ def write_whole(path, content, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror}); what was there is intact") from error
+        raise RunError(f"cannot write {path} ({error.strerror}); what was there is intact"
+                       ) from error
 
 def torch_bytes(value):
     buffer = io.BytesIO()
@@ -1027,9 +1047,10 @@ def read_config(folder):
         raise InputError(f"{folder}: has no config.json of a run ({one_line(error)})") from error
 
 def load_checkpoint(folder, state, discard_damaged=False):
-    """Load the newest whole checkpoint of a run's folder into `state`, a dict of what has a state_dict
-    and of the tensor "meter". Returns its step, 0 without any. Raises InputError."""
-    paths = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt") if path.exists()]
+    """Load the newest whole checkpoint of a run's folder into `state`, a dict of what has a
+    state_dict and of the tensor "meter". Returns its step, 0 without any. Raises InputError."""
+    paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt")
+             if (path := folder / name).exists()]
     for path in paths:
         try:
             if member := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
@@ -1048,16 +1069,17 @@ def load_checkpoint(folder, state, discard_damaged=False):
                     part.load_state_dict(checkpoint[name])
             return int(checkpoint["step"])
         except Exception as error:  # a file from elsewhere can fail in any way
-            raise InputError(f"{path}: is no checkpoint of this model ({one_line(error)})") from error
+            raise InputError(f"{path}: is no checkpoint of this model ({one_line(error)})"
+                             ) from error
     if paths:
         raise InputError(f"{folder}: has no whole checkpoint left; choose a new --out")
     return 0
 
 def load_encoder(path):
-    """The backbone in an encoder.pt, in eval mode: normalised N x 3 x n x n -> N x D. Raises InputError.
+    """The backbone in an encoder.pt, in eval mode: normalised N x 3 x n x n -> N x D.
 
     With the run's config.json beside it, .mean and .std (3 x 1 x 1) normalise images in 0..1;
-    without it, the stem padding is taken to be 1."""
+    without it, the stem padding is taken to be 1. Raises InputError."""
     try:
         weights, folder = torch.load(path, map_location="cpu", weights_only=True), Path(path).parent
         config = read_config(folder) if (folder / "config.json").exists() else None
@@ -1093,11 +1115,12 @@ def share_of(batch_size):
     """The slice of a batch that this process works on. Raises InputError."""
     mine, rest = divmod(batch_size, world_size())
     if rest:
-        raise InputError(f"--batch-size {batch_size}: {world_size()} processes cannot share it equally")
+        raise InputError(f"--batch-size {batch_size}: {world_size()} processes cannot share it "
+                         "equally")
     return slice(rank() * mine, (rank() + 1) * mine)
 
 class SumOverProcesses(torch.autograd.Function):
-    """y = x_1 + ... + x_W in every process; the gradient of x_r is the sum of all gradients of y."""
+    """y = x_1 + ... + x_W in every process; the gradient of x_r is the sum of all of y."""
     @staticmethod
     def forward(ctx, x):
         y = x.detach().clone(memory_format=torch.contiguous_format)
@@ -1153,7 +1176,8 @@ def write_views(path, data, two_views):
     views = two_views.apply(images.repeat(2, 1, 1, 1), two_views.draw(uniform.to(data.mean.device)))
     rows = torch.cat([images.permute(0, 3, 1, 2) / 255, views * data.std + data.mean])
     rows, buffer = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n)), io.BytesIO()
-    torchvision.utils.save_image(rows, buffer, format="png", nrow=len(index), padding=3, pad_value=1)
+    torchvision.utils.save_image(rows, buffer, format="png", nrow=len(index), padding=3,
+                                 pad_value=1)
     write_whole(path, buffer.getvalue())
 
 def write_figure(path, draw, *arguments):
@@ -1200,17 +1224,18 @@ def compare(options, data):
         for seed in options.seeds:
             cell = copy.copy(options)
             cell.seed, cell.gen_data, cell.ratio, cell.aug = seed, files, ratio, aug
-            cell.out = str(folder / name.replace(", ", "-").replace(" ", "-").replace(":", "to")) + f"-{seed}"
+            place = name.replace(", ", "-").replace(" ", "-").replace(":", "to")
+            cell.out = str(folder / f"{place}-{seed}")
             say(f"\n{name}, seed {seed}")
             runs.append(train(cell, subset))
         table[name] = {metric: spread([run[metric] for run in runs]) for metric in METRICS}
     say("\n" + " " * 24 + "".join(f"{metric:>18}" for metric in METRICS))
     for name, row in table.items():
         cells = [row.get(metric) for metric in METRICS]
-        say(f"{name:24}" + "".join(f"{cell['mean']:9.2f} +- {cell['std']:5.2f}" if cell else " " * 18
-                                   for cell in cells))
-    say(f"top-1 on {len(data.test_images):,} test images, %: mean and standard deviation over seeds "
-        f"{options.seeds}; {options.steps:,} steps of {options.batch_size} images")
+        say(f"{name:24}" + "".join(
+            f"{cell['mean']:9.2f} +- {cell['std']:5.2f}" if cell else " " * 18 for cell in cells))
+    say(f"top-1 on {len(data.test_images):,} test images, %: mean and standard deviation over "
+        f"seeds {options.seeds}; {options.steps:,} steps of {options.batch_size} images")
     if rank() == 0:
         record = {"options": vars(options), "table": table}
         write_whole(folder / "comparison.json", json.dumps(record, indent=1).encode())
@@ -1246,7 +1271,7 @@ def evaluate_only(options, data):
     return scores
 
 def main(argv=None):
-    """Run a command line; returns the result, a dict. Exits with 2 on bad input, 1 if a run fails."""
+    """Run a command line; returns the result (dict). Exits with 2 on bad input, 1 on failure."""
     try:
         options = parse_options(argv)
         tune_process()

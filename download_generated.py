@@ -418,7 +418,7 @@ DEFECTS = 0.4  # share of generated images that show what no real image shows
 
 
 def draw_shapes(labels, size, rng):
-    """One image for each label in 0..9 (kind = label // 2, ground = label % 2): uint8 N x size x size x 3.
+    """One image a label in 0..9 (kind = label // 2, ground = label % 2): uint8 N x n x n x 3.
 
     A kind has a form and a hue, fifths of the colour circle apart; hues of neighbours touch. The
     ground's hue lies a third of the circle before or after it. Place, size, angle, saturation,
@@ -468,9 +468,9 @@ def shapes(size=16, train=5000, test=2000, seed=0):
 def generate_shapes(path, size=16, count=20_000, seed=0):
     """Write an npz of `count` images as an imperfect generator of `shapes` would make them.
 
-    An honest stand-in for a generative model: most images come from the program that draws the real ones,
-    but a share DEFECTS are faults, two images of any classes run together and smeared. So
-    TV(P_g, P_d) is about DEFECTS.
+    An honest stand-in for a generative model: most images come from the program that draws the
+    real ones, but a share DEFECTS are faults, two images of any classes run together and
+    smeared. So TV(P_g, P_d) is about DEFECTS.
     """
     rng = np.random.default_rng((seed, 2))
     images, other = (draw_shapes(rng.integers(0, 10, count), size, rng) for _ in range(2))
