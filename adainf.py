@@ -1206,7 +1206,8 @@ def draw_comparison(left, right, table):
             for cell in [row[metric]] if metric in row else []:
                 axis.errorbar(cell["mean"], -place, xerr=cell["std"], fmt="o", capsize=4)
                 axis.plot(cell["values"], [-place] * len(cell["values"]), "k|")
-        axis.set(xlabel=f"{metric}, %", yticks=range(0, -len(table), -1), yticklabels=list(table))
+        axis.set(xlabel=f"{metric}, %", ylim=(0.5 - len(table), 0.5),
+                 yticks=range(0, -len(table), -1), yticklabels=list(table))
 
 # ---- Experiments and main ------------------------------------------------------------------------
 
