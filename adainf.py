@@ -99,9 +99,9 @@ def build_parser():
     add("--steps", 100_000, count, "training steps, however much data there is")
     add("--batch-size", 512, number(int, 2), "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
-    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps, --demo 10%%")
+    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of steps, --demo 10%%")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
-    add("--momentum", 0.9, share, "momentum of LARS")
+    add("--momentum", 0.9, number(float, 0, 0.9999), "momentum of LARS")
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
     add("--seed", 0, index, "decides every random draw")
     group = parser.add_argument_group("evaluation")
@@ -122,7 +122,7 @@ def build_parser():
         choices=["auto", "cuda", "cpu"])
     add("--amp", "auto", str, "auto: bf16 if the hardware has it, else fp16 on CUDA, else off",
         choices=["auto", "bf16", "fp16", "off"])
-    add("--compile", None, None, "compile views and network; default: on CUDA only",
+    add("--compile", None, None, "compile views and network; default: on CUDA only (COMPILEHELP)",
         action=argparse.BooleanOptionalAction)
     add("--log-every", 50, count, "steps between log lines")
     add("--save-every", None, count, "steps between checkpoints; default 1%% of --steps")
@@ -133,13 +133,9 @@ def choose_augmentation(options):
     """(Augmentation, the reason for it): AdaInf's rule (section 4), then the user's own values."""
     strength = options.aug if options.aug != "auto" else "weak" if options.gen_data else "strong"
     why = f"--aug {options.aug}, {'with' if options.gen_data else 'without'} generated data"
-    own = {}
-    for name in (field.name for field in dataclasses.fields(Augmentation)):
-        if (value := getattr(options, name)) is not None:
-            own[name] = tuple(value) if isinstance(value, list) else value
-            why += f", --{name.replace('_', '-')}"
-    if "solarize_prob" in own:
-        own["solarize_prob"] = (own["solarize_prob"] * 2)[:2]  # one value serves both views
+    names = (field.name for field in dataclasses.fields(Augmentation))
+    own = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    why += "".join(f", --{name.replace('_', '-')}" for name in own)
     return dataclasses.replace(RECIPES[strength], **own), f"{strength} ({why})"
 
 # ---- Mix the data (section 3) -------------------------------------------------------------------
@@ -249,7 +245,7 @@ class TwoViews:
     def __init__(self, augmentation, n, mean, std):
         self.aug, self.n, self.mean, self.std, device = augmentation, n, mean, std, mean.device
         self.strength = torch.tensor(augmentation.jitter, device=device)
-        self.solarize_prob = torch.tensor(augmentation.solarize_prob, device=device).view(2, 1, 1)
+        self.solarize_prob = torch.tensor(augmentation.solarize_prob, device=device).view(-1, 1, 1)
         first, last = torch.triu_indices(n, n, device=device)  # every crop there is
         self.crops = crop_matrices(first, last - first + 1, n)
         sigma = 0.1 + 1.9 * (torch.arange(self.BLURS) + 0.5) / self.BLURS
@@ -427,6 +423,7 @@ class LARS(torch.optim.Optimizer):
 def learning_rate(step, steps, warmup, peak, start=3e-5):
     """Step from 0: linear from `start` to `peak` at `warmup`, then a cosine to 0 at `steps`."""
     if step < warmup:
+        start = min(start, peak)
         return start + (peak - start) * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
@@ -839,7 +836,7 @@ class Run:
 
     def __init__(self, options, data, beta, why):
         self.options, self.data, self.folder = options, data, Path(options.out)
-        self.lines, self.asked, self.safe, self.last_finite = [], 0, True, "none"
+        self.lines, self.asked = [], 0
         self.facts = dict(beta=beta, augmentation=why, n_real=data.n_real,
                           n_generated=len(data.images) - data.n_real)
         self.config = json.loads(json.dumps(dict(
@@ -920,11 +917,10 @@ class Run:
         """The meter's sums over all processes. Raises RunError if they are not finite."""
         values = sum_over_processes(meter).tolist()
         if not all(map(math.isfinite, values)):
-            raise RunError(f"the loss is not finite at step {step} (last finite: "
-                           f"{self.last_finite}); the last checkpoint is good: try a lower "
-                           "--lr, or --amp off")
-        if values[-1]:
-            self.last_finite = f"{values[0] / values[-1]:.4f} at step {step}"
+            finite = [f", was {line['loss']:.4f} at step {line['step']}"
+                      for line in self.records("training")[-1:]]
+            raise RunError(f"the loss is not finite at step {step}{''.join(finite)}; the last "
+                           "checkpoint is good: try a lower --lr, or --amp off")
         return values
 
     def save(self, step, state):
@@ -954,7 +950,6 @@ class Run:
             else state["meter"].device.type,
             versions={module.__name__: module.__version__ for module in (torch, torchvision, np)},
             python=sys.version, script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()))
-        self.safe = False
         return step
 
     def cut_log(self, step):
@@ -972,8 +967,8 @@ class Run:
             self.log_file.truncate(end)
 
     def hear(self, number, _):
-        """A signal asks to stop after this step; a second, or one when all is saved, at once."""
-        if self.asked or self.safe:
+        """A signal asks to stop after this step or evaluation; a second one stops at once."""
+        if self.asked:
             self.leave(number, "at once")
         self.asked = number
 
@@ -992,14 +987,10 @@ class Run:
         raise SystemExit(128 + number)
 
     def evaluate(self, step, state, scores):
-        """Log scores(), unless it is done; all before it is saved: a signal may break it off."""
+        """Save, then log scores(), unless the log has them."""
         self.save(step, state)
-        self.safe = True
-        if self.asked:
-            self.leave(self.asked, f"after step {step:,}, which is saved")
         if not self.records("evaluation", step):
             self.log("evaluation", step, scores())
-        self.safe = False
 
     def finish(self, model):
         """Write encoder.pt, curves.png and result.json; return the result."""
@@ -1015,6 +1006,8 @@ class Run:
                          self.records("evaluation"))
             write_whole(self.folder / "result.json", json.dumps(result, indent=1).encode())
         say(f"results   in {self.folder}")
+        if self.asked:
+            self.leave(self.asked, "with all results written")
         return result
 
 def write_whole(path, content, keep=None):
@@ -1056,23 +1049,20 @@ def load_checkpoint(folder, state, discard_damaged=False):
             if member := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
                 raise ValueError(f"checksum of {member}")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way
-            say(f"warning: {path} is damaged ({one_line(error)}); trying the one before it")
-            continue
-        if discard_damaged and path != paths[0]:
-            paths[0].unlink()  # or the next save would put it in the place of the good one
-        try:
             for name, part in state.items():
                 if name == "meter":  # its sums belong to one of many processes
                     part.copy_(torch.tensor(checkpoint[name])).mul_(rank() == 0)
                 else:
                     part.load_state_dict(checkpoint[name])
-            return int(checkpoint["step"])
-        except Exception as error:  # a file from elsewhere can fail in any way
-            raise InputError(f"{path}: is no checkpoint of this model ({one_line(error)})"
-                             ) from error
+            step = int(checkpoint["step"])
+        except Exception as error:  # a damaged file, or one from elsewhere, can fail in any way
+            say(f"warning: {path} is damaged or foreign ({one_line(error)}); trying the one before")
+            continue
+        if discard_damaged and path != paths[0]:
+            paths[0].unlink()  # or the next save would put it in the place of the good one
+        return step
     if paths:
-        raise InputError(f"{folder}: has no whole checkpoint left; choose a new --out")
+        raise InputError(f"{folder}: has no whole checkpoint of this model; choose a new --out")
     return 0
 
 def load_encoder(path):
@@ -1080,9 +1070,10 @@ def load_encoder(path):
 
     With the run's config.json beside it, .mean and .std (3 x 1 x 1) normalise images in 0..1;
     without it, the stem padding is taken to be 1. Raises InputError."""
+    folder = Path(path).parent
+    config = read_config(folder) if (folder / "config.json").exists() else None
     try:
-        weights, folder = torch.load(path, map_location="cpu", weights_only=True), Path(path).parent
-        config = read_config(folder) if (folder / "config.json").exists() else None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         padding = config["options"]["stem_padding"] if config else 1
         backbone = ResNet18(len(weights["conv1.weight"]), padding)
         backbone.load_state_dict(weights)

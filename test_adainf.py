@@ -386,11 +386,11 @@ def test_recipes_are_the_papers(strength, crop_min, jitter_prob, jitter):
 @pytest.mark.parametrize("line, strength, own", [
     ("", "strong", {}), ("--gen-data x --ratio 1", "weak", {}), ("--aug weak", "weak", {}),
     ("--aug strong --gen-data x", "strong", {}), ("--crop-min .5", "strong", dict(crop_min=0.5)),
-    ("--jitter .4 .4 .2 .1", "strong", dict(jitter=(0.4, 0.4, 0.2, 0.1))),
+    ("--jitter .4 .4 .2 .1", "strong", dict(jitter=[0.4, 0.4, 0.2, 0.1])),
     ("--jitter-prob 0 --blur-prob 0", "strong", dict(jitter_prob=0.0, blur_prob=0.0)),
     ("--gray-prob 1 --flip-prob 0 --aug weak", "weak", dict(gray_prob=1.0, flip_prob=0.0)),
-    ("--solarize-prob 0.2", "strong", dict(solarize_prob=(0.2, 0.2))),
-    ("--solarize-prob 0 0.2 --gen-data x", "weak", dict(solarize_prob=(0.0, 0.2)))])
+    ("--solarize-prob 0.2", "strong", dict(solarize_prob=[0.2])),
+    ("--solarize-prob 0 0.2 --gen-data x", "weak", dict(solarize_prob=[0.0, 0.2]))])
 def test_augmentation_is_weak_with_generated_data_and_the_users_values_win(line, strength, own):
     """Catches an override of 0 that counts as none, and a choice that is not explained."""
     options = adainf.build_parser().parse_args(line.split())
@@ -940,7 +940,7 @@ def test_runs_second_interrupt_stops_at_once(runs_main, runs_reference, tmp_path
     runs_main(tmp_path)
     runs_assert_same(tmp_path, runs_reference())
 
-def test_runs_signal_breaks_off_an_evaluation(runs_main, runs_reference, tmp_path, monkeypatch):
+def test_runs_signal_waits_for_an_evaluation(runs_main, runs_reference, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         runs_call(patch, (adainf, "knn_top1"), 2, lambda: signal.raise_signal(signal.SIGTERM))
         runs_main(tmp_path, status=128 + signal.SIGTERM)
@@ -1066,7 +1066,7 @@ def test_runs_divergence_stops(runs_main, runs_reference, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(adainf, "nt_xent", poisoned)
         said = runs_main(tmp_path, "--save-every", save_every, status=1).err
-    assert len(calls) <= 12 and "not finite" in said and f"at step {8 if save_every > 1 else 10}" in said
+    assert len(calls) <= 12 and "not finite" in said and "at step 8" in said
     checkpoint = runs_checkpoint(tmp_path)
     assert checkpoint["step"] == (8 if save_every > 1 else 10)
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
@@ -1225,7 +1225,7 @@ RUNS_BAD = {
         "--lr nan", "--lr inf", "--lr x", "--warmup-steps 25", "--temperature 0", "--temperature -1",
         "--device abacus", "--device cuda:99", "--amp maybe", "--aug huge", "--gen-size 25",
         "--gen-size 0", "--real-size 37", "--image-size 7", "--seed -1", "--width 0", "--nonsense",
-        "--momentum 1.5", "--gray-prob 1.01", "--jitter 1 1 1", "--jitter 1 1 1 0.6", "--save-every 0",
+        "--momentum 1", "--gray-prob 1.01", "--jitter 1 1 1", "--jitter 1 1 1 0.6", "--save-every 0",
         "--solarize-prob 0 0 0", "--crop-min 0", "--gen-data", "--eval-only nowhere", "--data-dir",
         "--dataset cifar10", "extra", "--width 9" + 400 * "0", "--seed 9" + 30 * "0",
         "--width 999999999", "--lr 1e300", "--weight-decay 1e200", "--proj-dim 99999999999999")},
@@ -1327,7 +1327,7 @@ def test_runs_fuzzed_options_never_end_in_a_traceback(runs_data, tmp_path, monke
 
 @pytest.mark.parametrize("words", [
     f"--lr {2.0 ** 50}", "--jitter 1e9 1e9 1e9 0.5", "--weight-decay 1e9", "--seed 9007199254740992",
-    "--temperature 1000000", "--knn-temperature 0.001 --knn-k 1", "--crop-min 1", "--momentum 1",
+    "--temperature 1000000", "--knn-temperature 0.001 --knn-k 1", "--crop-min 1",
     "--linear-lr 1e9", "--log-every 1000000000000", "--real-size 4 --ratio 0"])
 def test_runs_extreme_options_work_or_diverge(runs_data, tmp_path, words, capsys):
     try:
