@@ -17,8 +17,8 @@ rule: with inflation, count every real image N = 10 times and augment more weakl
 The story reads from top to bottom: options, mixing, views, model and loss, optimiser, evaluation,
 training; below it stands what only operations need. B: images in a batch, n: pixels along a side,
 D: features, C: classes. Images wait as uint8, N x n x n x 3, RGB."""
-import argparse, contextlib, copy, ctypes, dataclasses, hashlib, io, json, math, os  # noqa: E401
-import signal, statistics, sys, time, zipfile, zlib  # noqa: E401
+import argparse, contextlib, ctypes, dataclasses, datetime, hashlib  # noqa: E401
+import io, json, math, os, signal, statistics, sys, time, zipfile, zlib  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -578,11 +578,11 @@ def train(options, data):
 # ==== What only operations need ===================================================================
 
 class InputError(Exception):
-    """What the user gave cannot be used: one line on what is wrong, where, and what to do."""
-    status = 2
+    """One line for the user: what is wrong, where, and what to do."""
+    status = 2  # of the process
 
 class RunError(InputError):
-    """What the user asked for is right, but the run cannot go on."""
+    """The same, when the input is right but the run cannot go on."""
     status = 1
 
 METRICS = ("online_top1", "linear_top1", "knn_top1")
@@ -596,31 +596,26 @@ def parse_options(argv=None):
     if options.demo or options.eval_only:  # what these bring, the command line overrides
         parser.set_defaults(**(DEMO if options.demo else read_config(options.eval_only)["options"]))
         options = parser.parse_args(argv)
-    if options.demo and not options.gen_data:
-        options.gen_data = [f"{options.data_dir}/shapes{options.image_size}-generated.npz"]
     if options.dry_run:
-        options.steps = options.linear_epochs = 1
-        options.warmup_steps = 0
+        options.steps, options.warmup_steps, options.linear_epochs = 1, 0, 1
+    made = [f"{options.data_dir}/shapes{options.image_size}-generated.npz"]
+    options.gen_data = options.gen_data or (made if options.demo else None)
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     name = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
-    for key, value in dict(
-            warmup_steps=round((0.1 if options.demo else 0.01) * options.steps),
-            eval_every=math.ceil(options.steps / 5),
-            save_every=math.ceil(0.01 * options.steps), seeds=[options.seed], out=f"runs/{name}",
-            compile=choose_device(options).type == "cuda").items():
-        setattr(options, key, value if getattr(options, key) is None else getattr(options, key))
+    defaults = dict(warmup_steps=round((0.1 if options.demo else 0.01) * options.steps),
+                    eval_every=math.ceil(options.steps / 5), out=f"runs/{name}",
+                    save_every=math.ceil(0.01 * options.steps), seeds=[options.seed],
+                    compile=choose_device(options).type == "cuda")
+    vars(options).update({key: defaults[key] for key in defaults if getattr(options, key) is None})
     for wrong, why in [
-            (options.warmup_steps > options.steps,
-             f"--warmup-steps: more than {options.steps} steps"),
-            (options.ratio == 0 and not options.gen_data,
-             "--ratio 0: has no images without --gen-data"),
-            (options.compare and not options.gen_data,
-             "--compare: has no inflation without --gen-data"),
+            (options.warmup_steps > options.steps, "--warmup-steps: more than --steps"),
             (options.jitter and options.jitter[3] > 0.5, "--jitter: hue is more than 0.5 turns"),
+            (len(options.solarize_prob or []) > 2, "--solarize-prob: more than one value a view"),
             (options.data_device == "cuda" and choose_device(options).type != "cuda",
              "--data-device cuda: --device is another one"),
-            (options.gen_size and not options.gen_data, "--gen-size: needs --gen-data"),
-            (len(options.solarize_prob or []) > 2, "--solarize-prob: more than one value a view")]:
+            *((not options.gen_data and given, f"{flag}: needs --gen-data") for flag, given in (
+                ("--ratio 0", options.ratio == 0), ("--compare", options.compare),
+                ("--gen-size", options.gen_size)))]:
         if wrong:
             raise InputError(why)
     return options
@@ -719,23 +714,20 @@ def npz_member(path, key="image", rows=4096):
 
     It streams up to `rows` at a time, stored or compressed: a 3 GB file needs no memory of its own,
     and zip's checksum reveals damage. Never unpickles. Raises InputError."""
-    damage = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, NotImplementedError,
-              zipfile.BadZipFile, zlib.error)
+    damage = (OSError, ValueError, KeyError, SyntaxError, EOFError, RuntimeError,
+              NotImplementedError, zipfile.BadZipFile, zlib.error)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0,
                    (2, 0): np.lib.format.read_array_header_2_0}
     try:
         archive = zipfile.ZipFile(path)
-        size = archive.getinfo(f"{key}.npy").file_size
         member = archive.open(f"{key}.npy")
         shape, fortran_order, dtype = read_header[np.lib.format.read_magic(member)](member)
-        size -= member.tell()
-    except KeyError:
-        raise InputError(f"{path}: has no readable array `{key}`") from None
+        size = archive.getinfo(f"{key}.npy").file_size - member.tell()
+        row_bytes = dtype.itemsize * math.prod(shape[1:])
+        if dtype.hasobject or fortran_order or not shape or size != shape[0] * row_bytes:
+            raise ValueError(f"{dtype} {shape} is not a plain array in C order")
     except damage as error:
-        raise InputError(f"{path}: is not a whole npz file ({one_line(error)})") from error
-    row_bytes = dtype.itemsize * math.prod(shape[1:])
-    if dtype.hasobject or fortran_order or not shape or size != shape[0] * row_bytes:
-        raise InputError(f"{path}: `{key}` is not a plain array of {dtype} {shape} in C order")
+        raise InputError(f"{path}: has no whole array `{key}` ({one_line(error)})") from error
     def chunks():
         try:
             with archive, member:
@@ -900,14 +892,11 @@ class Run:
                 raise RunError(f"cannot write {self.log_file.name} ({error.strerror}); the last "
                                "checkpoint is good, and the same command continues") from error
         if event == "training":
-            days, left = divmod(values["seconds_left"], 86400)
+            left = datetime.timedelta(seconds=round(values["seconds_left"]))
             say(f"step {step:7,}  loss {values['loss']:.4f}  lr {values['lr']:.4f}  "
-                f"{values['images_per_second']:,.0f} images/s  "
-                f"{f'{days:.0f} days ' if days else ''}"
-                f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
+                f"{values['images_per_second']:,.0f} images/s  {left} left")
         if event == "evaluation":
-            scores = (f"{name} {percent:.2f} %" for name, percent in values.items())
-            say(f"step {step:7,}  " + "  ".join(scores))
+            say(f"step {step:7,}  " + "  ".join(f"{k} {v:.2f} %" for k, v in values.items()))
 
     def records(self, event, step=None):
         return [line for line in self.lines
@@ -956,13 +945,14 @@ class Run:
         """Read the log; drop torn lines and those of steps that will be done again."""
         end = 0
         for line in (self.folder / "log.jsonl").read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            try:
                 record = json.loads(line)
-                if line.endswith(b"\n") and record["step"] <= step:
-                    self.lines.append(record)
-                    end += len(line)
-                    continue
-            break
+                if not line.endswith(b"\n") or record["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            self.lines.append(record)
+            end += len(line)
         if rank() == 0:
             self.log_file.truncate(end)
 
@@ -1214,12 +1204,11 @@ def compare(options, data):
     for name, (subset, files, ratio, aug) in cells.items():
         runs = []
         for seed in options.seeds:
-            cell = copy.copy(options)
-            cell.seed, cell.gen_data, cell.ratio, cell.aug = seed, files, ratio, aug
             place = name.replace(", ", "-").replace(" ", "-").replace(":", "to")
-            cell.out = str(folder / f"{place}-{seed}")
+            changes = dict(seed=seed, gen_data=files, ratio=ratio, aug=aug,
+                           out=str(folder / f"{place}-{seed}"))
             say(f"\n{name}, seed {seed}")
-            runs.append(train(cell, subset))
+            runs.append(train(argparse.Namespace(**{**vars(options), **changes}), subset))
         table[name] = {metric: spread([run[metric] for run in runs]) for metric in METRICS}
     say("\n" + " " * 24 + "".join(f"{metric:>18}" for metric in METRICS))
     for name, row in table.items():
