@@ -9,21 +9,9 @@
     python download_generated.py --from-npz samples.npz arr_0 --out data/mine.npz   # or --from-npy
 
 The format is npz with `image`: uint8, N x n x n x 3, RGB. Everything streams, nothing is unpickled,
-and a file gets its name only when it is whole.
-"""
-import argparse
-import contextlib
-import hashlib
-import http.client
-import json
-import os
-import shutil
-import ssl
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
+and a file gets its name only when it is whole."""
+import argparse, contextlib, hashlib, http.client, json, os, shutil  # noqa: E401
+import ssl, sys, tempfile, time, urllib.error, urllib.request  # noqa: E401
 from pathlib import Path
 
 import numpy as np
@@ -416,14 +404,12 @@ KINDS = ("red disc", "yellow square", "green triangle", "blue ring", "purple cro
 GROUNDS = {"before": -1 / 3, "after": 1 / 3}  # hue of the ground relative to the shape's, turns
 DEFECTS = 0.4  # share of generated images that show what no real image shows
 
-
 def draw_shapes(labels, size, rng):
     """One image a label in 0..9 (kind = label // 2, ground = label % 2): uint8 N x n x n x 3.
 
     A kind has a form and a hue, fifths of the colour circle apart; hues of neighbours touch. The
     ground's hue lies a third of the circle before or after it. Place, size, angle, saturation,
-    brightness and texture are random.
-    """
+    brightness and texture are random."""
     labels = np.asarray(labels)
     def uniform(low, high):
         return rng.uniform(low, high, (len(labels), 1, 1)).astype(np.float32)
@@ -449,12 +435,10 @@ def draw_shapes(labels, size, rng):
     image += rng.normal(0, 0.03, image.shape)
     return (255 * image.clip(0, 1)).round().astype(np.uint8)
 
-
 def hue_to_rgb(hue, saturation, value):
     """HSV (hue in turns) to RGB, stacked along a new last axis."""
     wave = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
     return np.stack([value * (1 - saturation + saturation * w) for w in wave], axis=-1)
-
 
 def shapes(size=16, train=5000, test=2000, seed=0):
     """The demo's data: (train images, labels), (test images, labels), class names."""
@@ -464,14 +448,12 @@ def shapes(size=16, train=5000, test=2000, seed=0):
         sets.append((draw_shapes(labels, size, np.random.default_rng((seed, part))), labels))
     return *sets, [f"{kind}, ground {side}" for kind in KINDS for side in GROUNDS]
 
-
 def generate_shapes(path, size=16, count=20_000, seed=0):
     """Write an npz of `count` images as an imperfect generator of `shapes` would make them.
 
     An honest stand-in for a generative model: most images come from the program that draws the
     real ones, but a share DEFECTS are faults, two images of any classes run together and
-    smeared. So TV(P_g, P_d) is about DEFECTS.
-    """
+    smeared. So TV(P_g, P_d) is about DEFECTS."""
     rng = np.random.default_rng((seed, 2))
     images, other = (draw_shapes(rng.integers(0, 10, count), size, rng) for _ in range(2))
     faulty = rng.random(count) < DEFECTS
@@ -479,13 +461,7 @@ def generate_shapes(path, size=16, count=20_000, seed=0):
     for axis in (1, 2):
         mixed = (mixed + np.roll(mixed, 1, axis)) / 2
     images[faulty] = mixed.round().astype(np.uint8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        np.savez(file, image=images)
-    os.replace(temporary, path)
-
+    convert([images], Path(path), f"generate_shapes, seed {seed}")
 
 def main(argv=None):
     """Run the command line (a list of str, or the process's own)."""

@@ -2074,6 +2074,52 @@ def test_download_inspect_refuses_a_header_without_its_data(tmp_path, capsys):
         assert download_fails(capsys, "--inspect", tmp_path / name)[0] == 2
     assert not list(tmp_path.glob("*.png"))
 
+def download_cifar10(monkeypatch, url):
+    """A tar archive as CIFAR-10's, of 6 x 20 images; torchvision expects it at `url`."""
+    draw, lists, buffer = np.random.default_rng(0), [], io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+            content = pickle.dumps({"label_names": list("abcdefghij")} if name == "batches.meta" else {
+                "data": draw.integers(0, 256, (20, 3072), np.uint8), "labels": [*range(10)] * 2})
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+            lists.append([name, hashlib.md5(content).hexdigest()])
+    body, meta = buffer.getvalue(), {"filename": "batches.meta", "key": "label_names",
+                                     "md5": lists[-1][1]}
+    for name, value in dict(url=url, tgz_md5=hashlib.md5(body).hexdigest(), train_list=lists[:5],
+                            test_list=lists[5:6], meta=meta).items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+    return body
+
+def download_train(data_dir, out):
+    return adainf.main(f"--data-dir {data_dir} --out {out} --width 2 --batch-size 8 --dry-run --proj-hidden "
+                       "8 --proj-dim 4 --device cpu".split())
+
+def test_download_of_cifar10_by_adainf_itself(tmp_path, monkeypatch, capsys):
+    """From a server to a result; a host that is down is one line that names the other way."""
+    with DownloadServer(b"") as server:
+        server.body = download_cifar10(monkeypatch, server.url())
+        server.script = [404] * 9
+        with pytest.raises(SystemExit) as stopped:
+            download_train(tmp_path / "data", tmp_path / "run")
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1
+        assert "download_generated.py cifar10" in said and not (tmp_path / "run").exists()
+        server.script = []
+        assert download_train(tmp_path / "data", tmp_path / "run")["n_real"] == 100
+        count = len(server.requests)
+        download_train(tmp_path / "data", tmp_path / "again")
+        assert len(server.requests) == count
+
+def test_download_of_cifar10_is_where_adainf_looks_for_it(tmp_path, monkeypatch, download_quickly):
+    with DownloadServer(b"") as server:
+        server.body = download_cifar10(monkeypatch, "http://127.0.0.1:9/unreachable")
+        monkeypatch.setitem(dg.SOURCES, "cifar10", (
+            1e4, [server.url().replace("file", "cifar-10-python")], hashlib.md5(server.body).hexdigest()))
+        download_run("cifar10", "--data-dir", tmp_path / "data")
+    assert download_train(tmp_path / "data", tmp_path / "run")["n_real"] == 100
+
 # ---- python test_adainf.py stress ----------------------------------------------------------------
 
 def stress(argv):
@@ -2084,10 +2130,11 @@ def stress(argv):
     with tempfile.TemporaryDirectory() as folder:
         data = runs_write_data(Path(folder))
         more = "--steps", 60, "--save-every", 2
-        began = time.perf_counter()
-        straight = runs_argv(data, data / "straight", *more)
-        assert runs_end(runs_start(os.devnull, adainf.main, straight)) == [0]
-        reference, seconds = runs_outcome(data / "straight"), time.perf_counter() - began
+        for name in ("straight", "again"):  # the first one also starts the server of processes
+            began = time.perf_counter()
+            assert runs_end(runs_start(os.devnull, adainf.main, runs_argv(data, data / name, *more))) == [0]
+            seconds = time.perf_counter() - began
+        reference = runs_outcome(data / "straight")
         while kills < least or differences:
             out = data / f"killed-{done}" / "run"
             out.parent.mkdir()
