@@ -784,6 +784,7 @@ def runs_child(output, environment, work, *arguments):
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     torch.set_num_threads(1)
     adainf.write_figure = lambda *_: None
     work(*arguments)
