@@ -588,6 +588,16 @@ class RunError(InputError):
     """The same, when the input is right but the run cannot go on."""
     status = 1
 
+@contextlib.contextmanager
+def one_line_for(message, *kinds, error_type=InputError):
+    """What goes wrong inside (of these kinds, or at all) becomes one line: message (reason)."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds or Exception as error:
+        raise error_type(f"{message} ({one_line(error)})") from error
+
 METRICS = ("online_top1", "linear_top1", "knn_top1")
 DEMO = dict(dataset="shapes", compare=True, image_size=16, real_size=500, width=16, steps=500,
             batch_size=128, proj_hidden=256, proj_dim=64, out="runs/demo", eval_every=0)
@@ -678,14 +688,12 @@ def load_real(options):
     if size != 32:
         raise InputError(f"--image-size {size}: {name} has 32 x 32 pixels; leave the option out")
     dataset = getattr(torchvision.datasets, name.upper())
-    try:
+    with one_line_for(f"--dataset {name}: `python download_generated.py {name}` resumes a download "
+                      "and knows a second source", OSError, RuntimeError):
         if rank() == 0:
             dataset(options.data_dir, download=True)  # unpickles, if it has the known md5
         barrier()
         train, test = (dataset(options.data_dir, train=split) for split in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"--dataset {name}: {one_line(error)}; `python download_generated.py "
-                         f"{name}` resumes a download and knows a second source") from error
     sets = [(np.ascontiguousarray(each.data), np.array(each.targets)) for each in (train, test)]
     return *sets, train.classes
 
@@ -693,19 +701,14 @@ def load_folder(folder, size):
     """(images, labels, class names) of folder/<class>/*, cropped to squares, resized (bicubic)."""
     from PIL import Image, ImageOps
     def read(path):
-        try:
+        with one_line_for(f"--dataset: {path} is no readable image: repair or remove it"):
             with Image.open(path) as image:
                 image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
                 return np.asarray(image)
-        except Exception as error:  # a broken image can fail in any way
-            raise InputError(f"--dataset: {path} is no readable image: repair or remove it"
-                             ) from error
-    try:
+    with one_line_for(f"--dataset: {folder} has no classes of images; give cifar10, cifar100, "
+                      "shapes or a folder {train,test}/<class>/*", OSError):
         found = torchvision.datasets.ImageFolder(
             folder, is_valid_file=lambda path: "/." not in path[len(str(folder)):])
-    except OSError as error:
-        raise InputError(f"--dataset: {folder} has no classes of images ({one_line(error)}); give "
-                         "cifar10, cifar100, shapes or a folder {train,test}/<class>/*") from error
     if len(found.classes) < 2:
         raise InputError(f"--dataset: {folder} has one class only, {found.classes[0]}")
     with ThreadPoolExecutor() as threads:
@@ -717,11 +720,10 @@ def npz_member(path, key="image", rows=4096):
 
     It streams up to `rows` at a time, stored or compressed: a 3 GB file needs no memory of its own,
     and zip's checksum reveals damage. Never unpickles. Raises InputError."""
-    damage = (OSError, ValueError, KeyError, SyntaxError, EOFError, RuntimeError,
-              NotImplementedError, zipfile.BadZipFile, zlib.error)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0,
                    (2, 0): np.lib.format.read_array_header_2_0}
-    try:
+    whole = f"{path}: has no whole array `{key}`"
+    with one_line_for(whole):  # a damaged file can fail in any way
         archive = zipfile.ZipFile(path)
         member = archive.open(f"{key}.npy")
         shape, fortran_order, dtype = read_header[np.lib.format.read_magic(member)](member)
@@ -729,18 +731,13 @@ def npz_member(path, key="image", rows=4096):
         row_bytes = dtype.itemsize * math.prod(shape[1:])
         if dtype.hasobject or fortran_order or not shape or size != shape[0] * row_bytes:
             raise ValueError(f"{dtype} {shape} is not a plain array in C order")
-    except damage as error:
-        raise InputError(f"{path}: has no whole array `{key}` ({one_line(error)})") from error
     def chunks():
-        try:
-            with archive, member:
-                for start in range(0, shape[0], rows):
-                    count = min(rows, shape[0] - start)
-                    data = member.read(count * row_bytes)
-                    yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
-                member.read(1)  # at a member's end zipfile compares the checksum
-        except damage as error:
-            raise InputError(f"{path}: is damaged ({one_line(error)})") from error
+        with one_line_for(whole), archive, member:
+            for start in range(0, shape[0], rows):
+                count = min(rows, shape[0] - start)
+                data = member.read(count * row_bytes)
+                yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+            member.read(1)  # at a member's end zipfile compares the checksum
     return shape, dtype, chunks()
 
 def append_generated(real, options):
@@ -889,11 +886,9 @@ class Run:
         """A JSON object a line in log.jsonl, and its essence on the screen."""
         self.lines.append({"event": event, "step": step, **values})
         if rank() == 0:
-            try:
+            with one_line_for(f"cannot write {self.log_file.name}; the last checkpoint is good, "
+                              "and the same command continues", OSError, error_type=RunError):
                 self.log_file.write(json.dumps(self.lines[-1]).encode() + b"\n")
-            except OSError as error:
-                raise RunError(f"cannot write {self.log_file.name} ({error.strerror}); the last "
-                               "checkpoint is good, and the same command continues") from error
         if event == "training":
             left = datetime.timedelta(seconds=round(values["seconds_left"]))
             say(f"step {step:7,}  loss {values['loss']:.4f}  lr {values['lr']:.4f}  "
@@ -1006,7 +1001,8 @@ class Run:
 def write_whole(path, content, keep=None):
     """Write bytes to a file whole or not at all; with `keep`, the old one stays under that name."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with one_line_for(f"cannot write {path}, what was there is intact", OSError,
+                      error_type=RunError):
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -1014,9 +1010,6 @@ def write_whole(path, content, keep=None):
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror}); what was there is intact"
-                       ) from error
 
 def torch_bytes(value):
     buffer = io.BytesIO()
@@ -1025,12 +1018,10 @@ def torch_bytes(value):
 
 def read_config(folder):
     """The contents of config.json in a run's folder. Raises InputError."""
-    try:
+    with one_line_for(f"{folder}: has no config.json of a run"):
         config = json.loads((Path(folder) / "config.json").read_text())
         config["options"]["steps"], config["options"]["dry_run"], config["crc"], config["mean"]
         return config
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: has no config.json of a run ({one_line(error)})") from error
 
 def load_checkpoint(folder, state, discard_damaged=False):
     """Load the newest whole checkpoint of a run's folder into `state`, a dict of what has a
@@ -1065,7 +1056,7 @@ def load_encoder(path):
     without it, the stem padding is taken to be 1. Raises InputError."""
     folder = Path(path).parent
     config = read_config(folder) if (folder / "config.json").exists() else None
-    try:
+    with one_line_for(f"{path}: is no encoder.pt of this program"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         padding = config["options"]["stem_padding"] if config else 1
         backbone = ResNet18(len(weights["conv1.weight"]), padding)
@@ -1073,8 +1064,6 @@ def load_encoder(path):
         for name in ("mean", "std") if config else ():
             setattr(backbone, name, torch.tensor(config[name]).view(3, 1, 1))
         return backbone.eval()
-    except Exception as error:  # a file from elsewhere can fail in any way
-        raise InputError(f"{path}: is no encoder.pt of this program ({one_line(error)})") from error
 
 # ---- Many processes, as torchrun starts them -----------------------------------------------------
 
