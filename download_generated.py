@@ -10,8 +10,8 @@
 
 The format is npz with `image`: uint8, N x n x n x 3, RGB. Everything streams, nothing is unpickled,
 and a file gets its name only when it is whole."""
-import argparse, contextlib, hashlib, http.client, json, os, shutil  # noqa: E401
-import ssl, sys, tempfile, time, urllib.error, urllib.request  # noqa: E401
+import argparse, contextlib, hashlib, http.client, json, math, os, shutil  # noqa: E401
+import ssl, sys, tempfile, time, urllib.error, urllib.request, zipfile  # noqa: E401
 from pathlib import Path
 
 import numpy as np
@@ -206,15 +206,29 @@ def unpack(archive):
 
 CIFAR10_MEANS = 125.3, 123.0, 113.9  # of red, green and blue in its training images, 0..255
 
-def read_npz(path, key="image"):
-    """(shape, dtype, chunks) as adainf.npz_member has them; here its InputError is a Problem."""
-    from adainf import InputError, npz_member  # bring torch along, so not before there is a file
+def read_npz(path, key="image", rows=4096):
+    """Yield (shape, dtype) of an array in an npz file, then its rows in chunks, of at most `rows`:
+    a stream, so a file of 3 GB takes no memory of its own. Raises Problem, in time or at the end,
+    where zip compares the checksum."""
     try:
-        shape, dtype, chunks = npz_member(path, key)
-        yield shape, dtype
-        yield from chunks
-    except InputError as error:
-        raise Problem(str(error), 2) from None
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                           (2, 0): np.lib.format.read_array_header_2_0}
+            version = np.lib.format.read_magic(member)
+            shape, fortran_order, dtype = read_header[version](member)
+            size = archive.getinfo(f"{key}.npy").file_size - member.tell()
+            row_bytes = dtype.itemsize * math.prod(shape[1:])
+            if fortran_order or dtype.hasobject or size != shape[0] * row_bytes:
+                raise ValueError(f"{dtype} {shape} is not a plain array in C order")
+            yield shape, dtype
+            for start in range(0, shape[0], rows):
+                count = min(rows, shape[0] - start)
+                block = member.read(count * row_bytes)
+                yield np.frombuffer(block, dtype).reshape(count, *shape[1:])
+            member.read(1)  # the checksum is compared at the end
+    except Exception as error:  # a damaged file can fail in any way
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Problem(f"{path}: has no whole array `{key}` ({message})", 2) from None
 
 def survey(path, samples=256):
     """(facts, evenly spaced samples) of the images in an npz file, read once. Raises Problem unless

@@ -5,7 +5,6 @@
     python test_adainf.py stress         # kill and resume runs at random moments, minutes
 """
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import http.client
@@ -31,6 +30,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import urllib.request
 import zipfile
@@ -54,13 +54,19 @@ import download_generated as dg
 
 def core_data(n_real=6, n_generated=30):
     """Images of one pixel: i in image i, which is real and has label i, or is generated."""
-    number = torch.arange(n_real + n_generated)
-    images = number.byte().view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
-    return SimpleNamespace(images=images, labels=number.where(number < n_real, -1), n_real=n_real)
+    images = torch.arange(n_real + n_generated).byte().view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
+    return SimpleNamespace(images=images[:n_real], labels=torch.arange(n_real),
+                           generated=images[n_real:])
+
+def core_indices(mixture, step):
+    """Which images of core_data make the batch of a step."""
+    sample, n_real = mixture.samples(step), len(mixture.data.images)
+    return torch.where(sample < mixture.n_repeated, sample % n_real,
+                       sample - mixture.n_repeated + n_real)
 
 def core_epoch(mixture, epoch):
     steps = mixture.size // mixture.batch_size
-    return torch.cat([mixture.indices(step) for step in range(epoch * steps, (epoch + 1) * steps)])
+    return torch.cat([core_indices(mixture, step) for step in range(epoch * steps, (epoch + 1) * steps)])
 
 @pytest.mark.parametrize("ratio", [0, 1, 3, 10])
 def test_an_epoch_has_every_real_image_n_times_and_every_generated_image_once(ratio):
@@ -89,16 +95,16 @@ def test_an_incomplete_last_batch_is_dropped_and_not_repeated_or_padded():
 def test_a_batch_depends_on_seed_and_step_alone():
     """Catches an order drawn only as the epoch grows: a run that goes on asks mid-epoch."""
     steps, mixture = list(range(20)), adainf.Mixture(core_data(), 10, 13, seed=5)
-    expected = [mixture.indices(step) for step in steps]
+    expected = [mixture.samples(step) for step in steps]
     again = adainf.Mixture(core_data(), 10, 13, seed=5)
     for step in steps[::-1] + steps[::7] + [19, 0, 19]:
-        assert torch.equal(again.indices(step), expected[step])
+        assert torch.equal(again.samples(step), expected[step])
 
 def test_a_batch_has_the_images_and_labels_of_its_indices_and_counts_all_real_ones():
     """Catches a count of one process's real images only, which would weigh its share more."""
     mixture = adainf.Mixture(core_data(), 10, batch_size=8, seed=0)
     for step, share in itertools.product(range(11), [slice(0, 8), slice(0, 3), slice(3, 8)]):
-        index = mixture.indices(step)
+        index = core_indices(mixture, step)
         images, labels, n_labelled = mixture.batch(step, share, torch.device("cpu"))
         assert torch.equal(images, index[share].byte().view(-1, 1, 1, 1).expand(-1, 1, 1, 3))
         assert labels.tolist() == [i if i < 6 else -1 for i in index[share].tolist()]
@@ -133,9 +139,9 @@ CORE_IMAGES = torch.cat([  # uint8 24 x 32 x 32 x 3: flat colours (ties of hue),
         Image.fromarray(small).resize((32, 32), Image.BICUBIC)
         for small in np.random.default_rng(1).integers(0, 256, (8, 7, 7, 3), np.uint8)]))])
 CORE_IMAGES[CORE_IMAGES == 128] = 129  # 128 is solarize's tie, which rounding decides
-CORE_OWN = adainf.Augmentation(0.08, 0.6, (0.8, 0.4, 1.5, 0.2), 0.2, 0.5, (0.1, 0.3), 0.4)
+CORE_OWN = adainf.STRONG | dict(jitter_prob=0.6, jitter=(0.8, 0.4, 1.5, 0.2),
+                                solarize_prob=(0.1, 0.3), flip_prob=0.4)
 
-@functools.cache
 def core_two_views(augmentation=CORE_OWN, n=32):
     return adainf.TwoViews(augmentation, n, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
 
@@ -238,7 +244,8 @@ def test_blur_of_a_view_is_that_of_its_sigma(level):
 
 def test_views_are_normalised_channels_last_and_all_first_views_come_first():
     """Catches interleaved views (a1 a2 b1 b2), which NT-Xent would take for other pairs."""
-    only_solarize = adainf.Augmentation(1.0, 0.0, (0.0,) * 4, 0.0, 0.0, (0.0, 1.0), 0.0)
+    only_solarize = dict.fromkeys(adainf.STRONG, 0.0) | dict(
+        crop_min=1.0, jitter=(0.0,) * 4, solarize_prob=(0.0, 1.0))
     views = adainf.TwoViews(only_solarize, 32, CORE_MEAN, CORE_STD)(CORE_IMAGES, core_uniform(24))
     assert views.dtype == torch.float32 and views.shape == (48, 3, 32, 32)
     assert views.is_contiguous(memory_format=torch.channels_last)
@@ -252,8 +259,7 @@ def core_uniform(images, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 def core_draws(views=100_000, **changes):
-    augmentation = dataclasses.replace(CORE_OWN, **changes)
-    return core_two_views(augmentation).draw(core_uniform(views // 2))
+    return core_two_views(CORE_OWN | changes).draw(core_uniform(views // 2))
 
 def core_factors(parameters):
     """M x 3 factors of brightness, contrast, saturation, and M x 4 places of these and hue."""
@@ -287,7 +293,7 @@ def test_boxes_are_distributed_as_torchvisions(crop_min):
 def test_factors_are_distributed_as_torchvisions_when_there_is_jitter_and_else_do_nothing():
     """Catches a factor of another operation or below 0, a hue tied to the coin of jitter."""
     torch.manual_seed(0)
-    jitter = torchvision.transforms.ColorJitter(*CORE_OWN.jitter)
+    jitter = torchvision.transforms.ColorJitter(*CORE_OWN["jitter"])
     ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
     expected = np.array([jitter.get_params(*ranges)[1:] for _ in range(20_000)]).T
     p = core_draws()
@@ -341,7 +347,7 @@ def test_the_ends_of_the_uniform_distribution_give_valid_parameters(n, crop_min)
     """Catches a box past the edge, a box of no pixels, a level of blur past the table."""
     uniform = core_uniform(500).round() * (1 - 2 ** -24)
     uniform[:, 0], uniform[:, 1] = 0, 1 - 2 ** -24
-    views = core_two_views(dataclasses.replace(CORE_OWN, crop_min=crop_min), n)
+    views = core_two_views(CORE_OWN | dict(crop_min=crop_min), n)
     p = views.draw(uniform)
     assert p["start"].min() >= 0 and p["length"].min() >= 1
     assert (p["start"] + p["length"]).max() <= n
@@ -354,7 +360,7 @@ def test_the_ends_of_the_uniform_distribution_give_valid_parameters(n, crop_min)
 def test_every_view_of_every_image_has_draws_of_its_own():
     """Catches one draw for a whole batch, or for both views of an image."""
     same = CORE_IMAGES[10:11].expand(64, -1, -1, -1)
-    views = core_two_views(adainf.RECIPES["strong"])(same, core_uniform(64)).flatten(1)
+    views = core_two_views(adainf.STRONG)(same, core_uniform(64)).flatten(1)
     distance = torch.cdist(views, views) + torch.eye(128) * 99
     assert distance.min() > 1e-2
 
@@ -379,7 +385,7 @@ def test_whole_views_equal_a_chain_of_pil_operations():
 @pytest.mark.parametrize("strength, crop_min, jitter_prob, jitter", [
     ("strong", 0.08, 0.8, (0.8, 0.8, 0.8, 0.2)), ("weak", 0.2, 0.4, (0.4, 0.4, 0.4, 0.1))])
 def test_recipes_are_the_papers(strength, crop_min, jitter_prob, jitter):
-    recipe = dataclasses.asdict(adainf.RECIPES[strength])
+    recipe = {"strong": adainf.STRONG, "weak": adainf.WEAK}[strength]
     assert recipe == dict(crop_min=crop_min, jitter_prob=jitter_prob, jitter=jitter, gray_prob=0.2,
                           blur_prob=0.5, solarize_prob=(0, 0), flip_prob=0.5)
 
@@ -395,7 +401,7 @@ def test_augmentation_is_weak_with_generated_data_and_the_users_values_win(line,
     """Catches an override of 0 that counts as none, and a choice that is not explained."""
     options = adainf.build_parser().parse_args(line.split())
     augmentation, why = adainf.choose_augmentation(options)
-    assert augmentation == dataclasses.replace(adainf.RECIPES[strength], **own)
+    assert augmentation == {"strong": adainf.STRONG, "weak": adainf.WEAK}[strength] | own
     assert strength in why and all(f"--{name.replace('_', '-')}" in why for name in own)
 
 # ---- Model and loss -----------------------------------------------------------------------------
@@ -533,8 +539,8 @@ def test_lars_equals_its_formulas_written_out():
     shapes, decays = [(4, 3, 3, 3), (5,), (6, 4), (2, 6), (2,)], [1e-2, 1e-2, 1e-2, 0.0, 0.0]
     expected, buffers = [stream.normal(size=shape) for shape in shapes], [0.0] * 5
     tensors = [torch.nn.Parameter(torch.tensor(value)) for value in expected]
-    optimizer = adainf.LARS([dict(params=tensors[:3], lr=0.4, weight_decay=1e-2),
-                             dict(params=tensors[3:], lr=0.1)], momentum=0.8)
+    optimizer = adainf.LARS([dict(params=tensors[:3], lr=0.4, decay=1e-2),
+                             dict(params=tensors[3:], lr=0.1, decay=0.0)], momentum=0.8)
     clipped = set()
     for step, scale in enumerate([1, 1e-3, 30, 0, 1e-2, 1, 0.1]):
         rates = [0.4 / (1 + step)] * 3 + [0.1 * (1 + step)] * 2
@@ -699,8 +705,11 @@ def runs_log(folder):
             for record in records if record["event"] != "start"]
 
 def runs_outcome(folder):
-    """All that a run leaves, clocks aside: weights, optimizer, meter, log, encoder, result."""
-    load = lambda name: torch.load(folder / name, weights_only=True)
+    """All that a run leaves, clocks aside: weights, optimizer, log, encoder, result."""
+    def load(name):
+        content = torch.load(folder / name, weights_only=True)
+        content.pop("lines", None)  # those of the log, with clocks
+        return content
     result = json.loads((folder / "result.json").read_text())
     result = {name: value for name, value in result.items() if name not in RUNS_CLOCK}
     return runs_flat(dict(checkpoint=load("checkpoint.pt"), encoder=load("encoder.pt"), result=result,
@@ -720,9 +729,8 @@ class runs_Keeper(dict):
 def runs_checkpoint(folder):
     """The newest whole checkpoint, as adainf.load_checkpoint hands it out."""
     parts = {name: runs_Keeper() for name in ("model", "optimizer", "scaler")}
-    meter = torch.zeros(5)
-    step = adainf.load_checkpoint(folder, {**parts, "meter": meter})
-    return {"step": step, "meter": meter.tolist(), **{name: dict(part) for name, part in parts.items()}}
+    step, lines, _ = adainf.load_checkpoint(folder, parts)
+    return {"step": step, "lines": lines, **{name: dict(part) for name, part in parts.items()}}
 
 def runs_call(monkeypatch, place, count, action):
     """Run action() at the count-th call (from 1) of a function of adainf or another module."""
@@ -784,6 +792,8 @@ def runs_child(output, environment, work, *arguments):
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    adainf.RANK, adainf.WORLD = (int(environment.get(*each)) for each in (
+        ("RANK", 0), ("WORLD_SIZE", 1)))  # read at import, which was in the server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     torch.set_num_threads(1)
     adainf.write_figure = lambda *_: None
@@ -867,10 +877,10 @@ def test_runs_dry_run_writes_all_files_and_the_encoder_is_torchvisions(runs_data
     torch.testing.assert_close(encoder(images), theirs.eval()(images))
 
 def test_runs_loss_falls_and_eval_only_repeats_the_result(runs_main, tmp_path):
-    options = *"--steps 120 --width 8 --lr 0.1 --temperature 0.5 --log-every 20 --eval-every 60".split(),
+    options = *"--steps 120 --width 8 --lr 0.1 --temperature 0.5 --log-every 1 --eval-every 60".split(),
     result = runs_main(tmp_path / "run", *options).result
     losses = [record["loss"] for record in runs_log(tmp_path / "run") if record["event"] == "training"]
-    assert losses[-1] < losses[0] - 0.02
+    assert statistics.mean(losses[-20:]) < statistics.mean(losses[:20]) - 0.02
     before = runs_bytes(tmp_path / "run")
     again = adainf.main(["--eval-only", str(tmp_path / "run")])
     assert {name: again[name] for name in adainf.METRICS} == {n: result[n] for n in adainf.METRICS}
@@ -1039,7 +1049,7 @@ def test_runs_disk_full(runs_main, runs_reference, tmp_path, monkeypatch, full):
             said = runs_main(tmp_path, status=1).err
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert full in said
+    assert str(tmp_path) in said
     runs_main(tmp_path)
     runs_assert_same(tmp_path, runs_reference())
 
@@ -1204,7 +1214,6 @@ RUNS_BAD = {
     "gray": runs_bad_array(RUNS_GENERATED[..., :1]),
     "RGBA": runs_bad_array(np.zeros((5, 16, 16, 4), np.uint8)),
     "NCHW": runs_bad_array(RUNS_GENERATED.transpose(0, 3, 1, 2)),
-    "Fortran order": runs_bad_array(np.asfortranarray(RUNS_GENERATED)),
     "structured": runs_bad_array(np.zeros(5, [("a", np.uint8)])),
     "objects": runs_bad_array(np.array([RunsBomb()], object)),
     "no images": runs_bad_array(RUNS_GENERATED[:0]),
@@ -1253,8 +1262,8 @@ def test_runs_strange_config_is_one_line(runs_main, runs_finished, tmp_path, cha
     assert runs_bytes(out) == before
 
 RUNS_FOREIGN = {"dict": {"state_dict": {}}, "empty": {}, "tensor": torch.zeros(3), "list": [1, 2],
-                "parts": dict(step=1, meter=[0] * 5, model={}, optimizer={}, scaler={}),
-                "strings": dict(step="1", meter="0", model="m", optimizer="o", scaler="s"),
+                "parts": dict(step=1, lines=[], model={}, optimizer={}, scaler={}),
+                "strings": dict(step="1", lines="0", model="m", optimizer="o", scaler="s"),
                 "objects": dict(step=RunsBomb())}
 
 @pytest.mark.parametrize("name", RUNS_FOREIGN)
@@ -1289,19 +1298,26 @@ def runs_mutate(content, choose):
 def test_runs_fuzzed_npz_is_refused_or_intact(tmp_path, compressed):
     image = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
     path = runs_npz(tmp_path, compressed, label=np.arange(9), image=image)
+    options = SimpleNamespace(gen_data=[path], gen_size=None, seed=0)
     good, choose, refused = path.read_bytes(), random.Random(0), 0
     kind = good.index(b"PK\1\2", good.index(b"PK\1\2") + 1) + 10  # image.npy's compression method
     methods = [good[:kind] + bytes([method]) + good[kind + 1:] for method in range(256)]
     for content in methods + [runs_mutate(good, choose) for _ in range(1500)]:
         path.write_bytes(content)
         try:
-            shape, dtype, chunks = adainf.npz_member(path, rows=4)
-            rows = np.concatenate([*chunks])
+            whole = adainf.load_generated(image, options)
         except adainf.InputError as error:
             assert len(str(error).splitlines()) == 1
             refused += 1
         else:
-            assert (shape, dtype) == (image.shape, image.dtype) and np.array_equal(rows, image)
+            assert whole.dtype == np.uint8 and np.array_equal(whole, image)
+        try:
+            (shape, dtype), *chunks = dg.read_npz(path, rows=4)
+        except dg.Problem as error:
+            assert len(str(error).splitlines()) == 1 and error.status == 2
+        else:
+            assert (shape, dtype) == (image.shape, image.dtype)
+            assert np.array_equal(np.concatenate(chunks), image)
     assert 500 < refused < 1756  # both happen
 
 def test_runs_fuzzed_options_never_end_in_a_traceback(runs_data, tmp_path, monkeypatch, capsys):
@@ -1372,7 +1388,7 @@ def runs_part(folder):
     loss.backward()
     torch.save(dict(loss=loss.detach(), gradient=mine.grad.view(2, -1, 5),
                     norm=runs_norm(adainf.BatchNorm, x[share], weight[share])),
-               f"{folder}/{adainf.rank()}.pt")
+               f"{folder}/{adainf.RANK}.pt")
     adainf.barrier()
 
 def runs_assert_close(ours, exact, tolerance=2e-6):
@@ -1410,7 +1426,7 @@ def runs_assert_near(folder, reference, tolerance=3e-3):
             np.testing.assert_allclose(np.frombuffer(outcome[path], kind), np.frombuffer(exact, kind),
                                        rtol=tolerance, atol=tolerance, err_msg=path)
         elif path.endswith("/loss"):
-            assert abs(outcome[path] - exact) < tolerance, path
+            assert abs(outcome[path] - exact) < 3 * tolerance, path
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_runs_processes_do_the_work_of_one(runs_data, runs_reference, tmp_path, world):
@@ -1470,32 +1486,37 @@ def test_runs_processes_cannot_share_an_odd_batch(runs_data, tmp_path):
 
 # ---- Data and experiments ------------------------------------------------------------------------
 
+@pytest.mark.parametrize("order", [np.ascontiguousarray, np.asfortranarray])
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("rows", [1, 4, 9, 4096])
-def test_runs_npz_member_streams_what_was_written(tmp_path, compressed, rows):
-    image = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), np.uint8)
-    path = runs_npz(tmp_path, compressed, image=image, label=np.arange(9.0))
-    shape, dtype, chunks = adainf.npz_member(path, rows=rows)
-    chunks = [*chunks]
-    assert (shape, dtype) == (image.shape, image.dtype) and max(map(len, chunks)) <= rows
-    assert np.array_equal(np.concatenate(chunks), image)
-    assert np.array_equal(np.concatenate([*adainf.npz_member(path, "label")[2]]), np.arange(9.0))
+def test_runs_generated_images_are_those_of_the_file(tmp_path, runs_data, compressed, order):
+    image = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    path = runs_npz(tmp_path, compressed, image=order(image), label=np.arange(9.0))
+    assert np.array_equal(runs_load(runs_data, "--gen-data", path).generated, image)
+
+def test_runs_a_file_of_generated_images_is_in_memory_once(tmp_path):
+    """Catches a second copy, which for a million images is 3 GB."""
+    path, real = runs_npz(tmp_path, image=np.zeros((20_000, 16, 16, 3), np.uint8)), np.zeros((1, 16, 16, 3))
+    tracemalloc.start()
+    images = adainf.load_generated(real, SimpleNamespace(gen_data=[path], gen_size=None, seed=0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert images.nbytes <= peak < 1.2 * images.nbytes
 
 def runs_load(data, *more):
     return adainf.load_data(adainf.parse_options(runs_argv(data, "unused", *more)))
 
-def test_runs_generated_images_follow_the_real_ones_without_labels(runs_data):
+def test_runs_generated_images_of_several_files_are_kept_apart_from_the_real_ones(runs_data):
     data = runs_load(runs_data, "--gen-data", runs_data / "gen.npz", runs_data / "other.npz")
     files = [np.load(runs_data / f"{name}.npz")["image"] for name in ("gen", "other")]
-    assert data.n_real == 36 and np.array_equal(data.images[36:], np.concatenate(files))
-    assert data.labels[36:].eq(-1).all() and data.labels[:36].bincount().tolist() == [12] * 3
+    assert len(data.images) == 36 and np.array_equal(data.generated, np.concatenate(files))
+    assert data.labels.bincount().tolist() == [12] * 3
 
 def test_runs_gen_size_is_a_seeded_random_subset(runs_data):
     """No prefix, no image twice, from both files, another for another seed."""
     files = "--gen-data", runs_data / "gen.npz", runs_data / "other.npz"
-    pool = [image.tobytes() for image in runs_load(runs_data, *files).images[36:].numpy()]
+    pool = [image.tobytes() for image in runs_load(runs_data, *files).generated.numpy()]
     def chosen(seed):
-        images = runs_load(runs_data, *files, "--gen-size", 12, "--seed", seed).images[36:].numpy()
+        images = runs_load(runs_data, *files, "--gen-size", 12, "--seed", seed).generated.numpy()
         return sorted(pool.index(image.tobytes()) for image in images)
     first, second = chosen(0), chosen(1)
     assert len(set(first)) == 12 and first == chosen(0) != second
@@ -1503,8 +1524,8 @@ def test_runs_gen_size_is_a_seeded_random_subset(runs_data):
 
 def test_runs_real_size_is_class_balanced(runs_data):
     labels = runs_load(runs_data, "--real-size", 10).labels
-    assert sorted(labels[labels >= 0].bincount().tolist()) == [3, 3, 4]
-    first, second = (runs_load(runs_data, "--real-size", 9, "--seed", seed).images[:9] for seed in (0, 1))
+    assert sorted(labels.bincount().tolist()) == [3, 3, 4]
+    first, second = (runs_load(runs_data, "--real-size", 9, "--seed", seed).images for seed in (0, 1))
     assert not torch.equal(first, second)
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -2155,14 +2176,14 @@ def stress(argv):
 class BenchmarkPeer(torch.utils.data.Dataset):
     """What most code bases do: Pillow images through torchvision transforms, one at a time."""
     def __init__(self, images, augmentation):
-        brightness, contrast, saturation, hue = augmentation.jitter
+        brightness, contrast, saturation, hue = augmentation["jitter"]
         jitter = transforms.ColorJitter(brightness, contrast, saturation, hue)
         self.images, self.view = images, transforms.Compose([
-            transforms.RandomResizedCrop(32, (augmentation.crop_min, 1), interpolation=3),
-            transforms.RandomApply([jitter], augmentation.jitter_prob),
-            transforms.RandomGrayscale(augmentation.gray_prob),
-            transforms.RandomApply([self.blur], augmentation.blur_prob),
-            transforms.RandomHorizontalFlip(augmentation.flip_prob), transforms.ToTensor(),
+            transforms.RandomResizedCrop(32, (augmentation["crop_min"], 1), interpolation=3),
+            transforms.RandomApply([jitter], augmentation["jitter_prob"]),
+            transforms.RandomGrayscale(augmentation["gray_prob"]),
+            transforms.RandomApply([self.blur], augmentation["blur_prob"]),
+            transforms.RandomHorizontalFlip(augmentation["flip_prob"]), transforms.ToTensor(),
             transforms.Normalize([0.5] * 3, [0.25] * 3)])
 
     @staticmethod
@@ -2209,9 +2230,10 @@ def benchmark_step(device, width, batch, amp=None, channels_last=False, compiled
     model = adainf.SimCLR(options, 10).to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = adainf.LARS([dict(params=list(model.parameters()), lr=0.1, weight_decay=1e-4)])
+    optimizer = adainf.LARS([dict(params=list(model.parameters()), lr=0.1, decay=1e-4)],
+                            momentum=0.9, foreach=True)
     zeros = torch.zeros(3, 1, 1, device=device)
-    two_views = adainf.TwoViews(adainf.RECIPES["weak"], 32, zeros + 0.5, zeros + 0.25)
+    two_views = adainf.TwoViews(adainf.WEAK, 32, zeros + 0.5, zeros + 0.25)
     pool = pool or benchmark_pool(device, 2000, 2000)
     mixture = adainf.Mixture(pool, 10, batch, seed=0)
     step = itertools.count()
@@ -2237,11 +2259,10 @@ def benchmark_step(device, width, batch, amp=None, channels_last=False, compiled
 def benchmark_pool(device, n_real, n_generated):
     images = torch.randint(0, 256, (2000, 32, 32, 3), dtype=torch.uint8, device=device)
     images = images.repeat((n_real + n_generated + 1999) // 2000, 1, 1, 1)[:n_real + n_generated]
-    labels = torch.arange(len(images), device=device) % 10
-    labels[n_real:] = -1
+    labels = torch.arange(n_real, device=device) % 10
     statistic = torch.full((3, 1, 1), 0.5, device=device)
-    return adainf.Data(images, labels, n_real, images[:10], labels[:10], list("0123456789"), statistic,
-                       statistic, [])
+    return adainf.Data(images[:n_real], labels, images[n_real:], images[:10], labels[:10],
+                       list("0123456789"), statistic, statistic, [])
 
 def benchmark(argv):
     """Speed of every part beside what peers do, in one run; also written to benchmark.json."""
@@ -2271,12 +2292,12 @@ def benchmark(argv):
     data = benchmark_pool(device, 2000, 6000)
     small = data.images[:256]
     augmented = {}
-    for strength in ("strong", "weak"):
-        two_views = adainf.TwoViews(adainf.RECIPES[strength], 32, data.mean, data.std)
-        compiled = adainf.TwoViews(adainf.RECIPES[strength], 32, data.mean, data.std)
+    for strength, recipe in (("strong", adainf.STRONG), ("weak", adainf.WEAK)):
+        two_views = adainf.TwoViews(recipe, 32, data.mean, data.std)
+        compiled = adainf.TwoViews(recipe, 32, data.mean, data.std)
         compiled.pipeline = torch.compile(compiled.pipeline)
         peer = show(f"{strength}: Pillow in a DataLoader, 2 workers", benchmark_peer(
-            data.images[:256 * 12].cpu().numpy(), adainf.RECIPES[strength], 256), "views/s")
+            data.generated[:256 * 12].cpu().numpy(), recipe, 256), "views/s")
         for kind, views in (("eager", two_views), ("compiled", compiled)):
             def work():
                 with torch.no_grad():
