@@ -484,21 +484,22 @@ def train(options, data):
     augmentation, why = choose_augmentation(options)
     mixture = Mixture(data, options.ratio, options.batch_size, options.seed)
     two_views = TwoViews(augmentation, options.image_size, data.mean, data.std)
-    share = share_of(options.batch_size)
+    mine = options.batch_size // WORLD
+    share = slice(RANK * mine, (RANK + 1) * mine)  # of the batch, for this process
     model = build_model(options, data)
     learned = [*model.backbone.parameters(), *model.projector.parameters()]
     groups = [dict(params=learned, peak=options.lr, decay=options.weight_decay),
               dict(params=model.probe.parameters(), peak=options.probe_lr, decay=0.0)]
     optimizer = LARS(groups, momentum=options.momentum, foreach=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    say(f"data      {len(data.images):,} real images of {len(data.classes)} classes and "
-        f"{len(data.generated):,} generated ones, in {data.images.device.type} memory\n"
-        f"mixture   beta = {mixture.beta:.3f}: TV(P_t, P_d) = {1 - mixture.beta:.3f} TV(P_g, P_d) "
-        f"by Theorem 3.1; {mixture.size // options.batch_size:,} steps an epoch\n"
+    beta, parameters = mixture.beta, sum(parameter.numel() for parameter in learned)
+    say(f"data      {len(data.images):,} real images of {len(data.classes)} classes, "
+        f"{len(data.generated):,} generated, in {data.images.device.type} memory\n"
+        f"mixture   beta = {beta:.3f}, so TV(P_t, P_d) = {1 - beta:.3f} TV(P_g, P_d) (Theorem 3.1)\n"
         f"views     {why}: {augmentation}\n"
-        f"network   width {options.width}, {sum(p.numel() for p in learned) / 1e6:.2f} M parameters"
-        f", {str(precision)[6:]} on {WORLD} x {device.type}\n"
-        f"training  {options.steps:,} steps of {options.batch_size}, learning rate {options.lr:g}")
+        f"network   {parameters:,} parameters, {str(precision)[6:]}, on {WORLD} x {device.type}\n"
+        f"training  {options.steps:,} steps of {options.batch_size}, learning rate {options.lr:g}; "
+        f"an epoch has {mixture.size // options.batch_size:,}")
 
     def losses(step):
         """NT-Xent of this process's share of the batch, and the loss of the probe that watches."""
@@ -546,12 +547,11 @@ def train(options, data):
 # ==== What only operations need ===================================================================
 
 class InputError(Exception):
-    """One line for the user: what is wrong, where, and what to do."""
-    status = 2  # of the process
+    """One line for the user: what is wrong, where, and what to do; and the exit status."""
+    status = 2
 
 class RunError(InputError):
-    """The same, when the input is right but the run cannot go on."""
-    status = 1
+    status = 1  # the input is right, but the run cannot go on
 
 def one_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -583,18 +583,19 @@ def parse_options(argv=None):
         options.gen_data = [f"{options.data_dir}/shapes{options.image_size}-generated.npz"]
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     run, cuda = Path(options.dataset).name, choose_device(options).type == "cuda"
-    for name, default in dict(
-            warmup_steps=round((0.1 if options.demo else 0.01) * options.steps), compile=cuda,
-            eval_every=math.ceil(options.steps / 5), save_every=math.ceil(options.steps / 100),
-            seeds=[options.seed], out=f"runs/{run}-{inflation}-{options.aug}-seed{options.seed}"
-            ).items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
+    defaults = dict(
+        warmup_steps=round((0.1 if options.demo else 0.01) * options.steps), compile=cuda,
+        eval_every=math.ceil(options.steps / 5), save_every=math.ceil(options.steps / 100),
+        seeds=[options.seed], out=f"runs/{run}-{inflation}-{options.aug}-seed{options.seed}")
+    vars(options).update({name: defaults[name] for name in defaults
+                          if getattr(options, name) is None})
     for problem, found in {
             "--warmup-steps: more than --steps": options.warmup_steps > options.steps,
             "--jitter: hue is more than 0.5 turns": options.jitter and options.jitter[3] > 0.5,
             "--solarize-prob: more than one value a view": len(options.solarize_prob or ()) > 2,
             "--data-device cuda: needs --device cuda": options.data_device == "cuda" and not cuda,
+            f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally":
+                options.batch_size % WORLD,
             "--ratio 0, --compare and --gen-size: need --gen-data": not options.gen_data and (
                 options.ratio == 0 or options.compare or options.gen_size)}.items():
         if found:
@@ -846,9 +847,8 @@ class Run:
         if RANK == 0:
             self.log_file.write(json_bytes(self.lines[-1], None))
 
-    def records(self, event, step=None):
-        return [line for line in self.lines
-                if line["event"] == event and step in (None, line["step"])]
+    def records(self, event):
+        return [line for line in self.lines if line["event"] == event]
 
     def log_training(self, step, *losses):
         """Log losses, learning rate and speed. Raises RunError if the loss is not finite."""
@@ -864,7 +864,7 @@ class Run:
 
     def evaluate(self, step, evaluate):
         """Log the scores, unless the log has them; before and after it, save."""
-        if not self.records("evaluation", step):
+        if all(line["step"] != step for line in self.records("evaluation")):
             self.save(step)
             scores = evaluate()
             self.log("evaluation", step, scores)
@@ -985,13 +985,6 @@ def barrier():
     if WORLD > 1:
         dist.barrier()
 
-def share_of(batch_size):
-    """The slice of a batch that this process works on. Raises InputError."""
-    mine, rest = divmod(batch_size, WORLD)
-    if rest:
-        raise InputError(f"--batch-size {batch_size}: {WORLD} processes cannot share it equally")
-    return slice(RANK * mine, (RANK + 1) * mine)
-
 class SumOverProcesses(torch.autograd.Function):
     """y = x_1 + ... + x_W in every process; the gradient of x_r is the sum of all of y."""
     @staticmethod
@@ -1020,10 +1013,10 @@ def sum_gradients(model):
         for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients])):
             gradient.copy_(part.view_as(gradient))
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class BatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes, on any device (torch's own needs CUDA)."""
     def forward(self, x):
-        if not self.training:
+        if WORLD == 1 or not self.training:
             return super().forward(x)
         wide, count = x.float(), WORLD * x.numel() / x.shape[1]
         mine = torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0))
@@ -1038,9 +1031,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
         shift = self.bias - mean * scale
         return (wide * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
 
-def BatchNorm(channels):
-    return (SyncBatchNorm if WORLD > 1 else nn.BatchNorm2d)(channels)
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 def write_views(path, data, two_views):
@@ -1051,10 +1041,8 @@ def write_views(path, data, two_views):
     uniform = torch.rand(2, len(images), two_views.DRAWS, generator=random_stream("cpu", VIEWS))
     views = two_views.apply(images.repeat(2, 1, 1, 1), two_views.draw(uniform.to(data.mean.device)))
     rows = torch.cat([images.permute(0, 3, 1, 2) / 255, views * data.std + data.mean])
-    rows, buffer = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n)), io.BytesIO()
-    torchvision.utils.save_image(rows, buffer, format="png", nrow=len(images), padding=3,
-                                 pad_value=1)
-    write_whole(path, buffer.getvalue())
+    rows = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n))
+    torchvision.utils.save_image(rows, path, nrow=len(images), padding=3, pad_value=1)
 
 def write_figure(path, *panels):
     """A PNG of panels (x label, y label, {name: (values of x, of y)}), if there is matplotlib."""
@@ -1077,17 +1065,16 @@ def write_figure(path, *panels):
 def compare(options, data):
     """The four cells over --seeds, everything else equal: a table, comparison.json and .png."""
     real = data._replace(generated=data.generated[:0], crc=[*data.crc[:2], 0])
-    cells = {"no inflation, strong": (real, None, 1, "strong"),
-             "no inflation, weak": (real, None, 1, "weak"),
-             "vanilla, 1:1, strong": (data, options.gen_data, 1, "strong"),
-             f"AdaInf, {options.ratio}:1, weak": (data, options.gen_data, options.ratio, "weak")}
+    cells = {"none-strong": (real, None, 1, "strong"), "none-weak": (real, None, 1, "weak"),
+             "vanilla-1to1-strong": (data, options.gen_data, 1, "strong"),
+             f"adainf-{options.ratio}to1-weak": (data, options.gen_data, options.ratio, "weak")}
     table, folder = baselines(options, real), Path(options.out)
     for name, (subset, files, ratio, aug) in cells.items():
         runs = []
         for seed in options.seeds:
             say(f"\n{name}, seed {seed}")
-            out = folder / f"{name.replace(', ', '-').replace(' ', '-').replace(':', 'to')}-{seed}"
-            cell = dict(seed=seed, gen_data=files, ratio=ratio, aug=aug, out=str(out))
+            cell = dict(seed=seed, gen_data=files, ratio=ratio, aug=aug)
+            cell["out"] = f"{folder}/{name}-{seed}"
             runs.append(train(argparse.Namespace(**vars(options) | cell), subset))
         table[name] = {metric: spread([run[metric] for run in runs]) for metric in METRICS}
     say("\n" + " " * 24 + "".join(f"{metric:>18}" for metric in METRICS))
