@@ -208,7 +208,7 @@ def blur_matrices(sigma, n):
     part = (2 * whole + 1) * (whole * (whole + 1) - sigma ** 2)  # and one in part on each side
     part = part / (6 * (sigma ** 2 / 3 - (whole + 1) ** 2))
     offset = torch.arange(-int(whole.max()) - 1, int(whole.max()) + 2)
-    weight = torch.where(offset.abs() <= whole, 1, torch.where(offset.abs() == whole + 1, part, 0))
+    weight = (whole + part + 1 - offset.abs()).clamp(0, 1)
     source = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
     box = torch.einsum("sk,okp->sop", weight, F.one_hot(source, n).double())
     return torch.linalg.matrix_power(box / box.sum(-1, keepdim=True), 3).float()
@@ -395,14 +395,16 @@ class LARS(torch.optim.SGD):
 
     Two or more axes: d = t (g + wd p), t = min(eta |p| / (|g| + wd |p| + eps) / lr, 1). Biases and
     norms: d = g. Then, by SGD, buffer = momentum buffer + d and p = p - lr buffer."""
+    ETA, EPS = 0.02, 1e-8
+
     @torch.no_grad()
-    def step(self, closure=None, eta=0.02, eps=1e-8):
+    def step(self, closure=None):
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.ndim > 1]
             gradients, decay = [p.grad for p in weights], group["decay"]
             norm = torch.stack(torch._foreach_norm(weights))
-            trust = torch.stack(torch._foreach_norm(gradients)) + decay * norm + eps
-            trust = (eta * norm / trust / group["lr"]).clamp(max=1)
+            trust = torch.stack(torch._foreach_norm(gradients)) + decay * norm + self.EPS
+            trust = (self.ETA * norm / trust / group["lr"]).clamp(max=1)
             torch._foreach_add_(gradients, weights, alpha=decay)
             torch._foreach_mul_(gradients, list(trust.unbind()))
         super().step()
@@ -495,7 +497,7 @@ def train(options, data):
     beta, parameters = mixture.beta, sum(parameter.numel() for parameter in learned)
     say(f"data      {len(data.images):,} real images of {len(data.classes)} classes, "
         f"{len(data.generated):,} generated, in {data.images.device.type} memory\n"
-        f"mixture   beta = {beta:.3f}, so TV(P_t, P_d) = {1 - beta:.3f} TV(P_g, P_d) (Theorem 3.1)\n"
+        f"mixture   beta = {beta:.3f}: TV(P_t, P_d) = {1 - beta:.3f} TV(P_g, P_d) (Theorem 3.1)\n"
         f"views     {why}: {augmentation}\n"
         f"network   {parameters:,} parameters, {str(precision)[6:]}, on {WORLD} x {device.type}\n"
         f"training  {options.steps:,} steps of {options.batch_size}, learning rate {options.lr:g}; "
@@ -624,7 +626,8 @@ def load_data(options):
         keep = np.sort(np.concatenate(keep))
         images, labels = images[keep], labels[keep]
     generated, device, cpu = load_generated(images, options), choose_device(options), "cpu"
-    fits = device.type != "cuda" or generated.nbytes < torch.cuda.mem_get_info()[0] / 2
+    size = images.nbytes + generated.nbytes
+    fits = device.type != "cuda" or size < torch.cuda.mem_get_info()[0] / 2
     wait = {"cuda": device, "cpu": cpu, "auto": device if fits else cpu}[options.data_device]
     crc = [zlib.crc32(each) for each in (images, test_images, generated)]
     images, labels, generated, test_images, test_labels = map(
@@ -825,7 +828,8 @@ class Run:
         self.clock = time.perf_counter(), step
         return step
 
-    def check(self, what, finite, step):
+    def require(self, finite, what, step):
+        """Raise RunError unless `what` is finite: a run that diverged is never saved."""
         if not finite:
             last = "".join(f"; the loss was {line['loss']:.4f} at step {line['step']}"
                            for line in self.records("training")[-1:])
@@ -835,7 +839,7 @@ class Run:
     def save(self, step):
         """Checkpoint all that the next step depends on, if finite; keep the checkpoint before."""
         for value in self.state["model"].state_dict().values():
-            self.check("the weights are", value.isfinite().all(), step)
+            self.require(value.isfinite().all(), "the weights are", step)
         if RANK == 0:
             parts = {name: part.state_dict() for name, part in self.state.items()}
             write_whole(self.folder / "checkpoint.pt", torch_bytes(
@@ -853,7 +857,7 @@ class Run:
     def log_training(self, step, *losses):
         """Log losses, learning rate and speed. Raises RunError if the loss is not finite."""
         loss, probe_loss = sum_over_processes(torch.stack(losses).detach()).tolist()
-        self.check("the loss is", math.isfinite(loss), step)
+        self.require(math.isfinite(loss), "the loss is", step)
         (begun, since), self.clock = self.clock, (time.perf_counter(), step)
         seconds = (self.clock[0] - begun) / (step - since)
         lr, speed = self.state["optimizer"].param_groups[0]["lr"], self.options.batch_size / seconds
