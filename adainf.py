@@ -663,11 +663,11 @@ def load_real(options):
 def load_folder(folder, size):
     """(images, labels, class names) of folder/<class>/*, cropped to squares, resized (bicubic)."""
     from PIL import Image, ImageOps
+    bicubic = Image.Resampling.BICUBIC
     def read(path):
-        with one_line_for(f"--dataset: {path} is no readable image: repair or remove it"):
-            with Image.open(path) as image:
-                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-                return np.asarray(image)
+        with (one_line_for(f"--dataset: {path} is no readable image: repair or remove it"),
+              Image.open(path) as image):
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), bicubic))
     with one_line_for(f"--dataset: {folder} has no classes of images; give cifar10, cifar100, "
                       "shapes or a folder {train,test}/<class>/*", OSError):
         found = torchvision.datasets.ImageFolder(

@@ -66,7 +66,7 @@ def core_indices(mixture, step):
 
 def core_epoch(mixture, epoch):
     steps = mixture.size // mixture.batch_size
-    return torch.cat([core_indices(mixture, step) for step in range(epoch * steps, (epoch + 1) * steps)])
+    return torch.cat([core_indices(mixture, epoch * steps + batch) for batch in range(steps)])
 
 @pytest.mark.parametrize("ratio", [0, 1, 3, 10])
 def test_an_epoch_has_every_real_image_n_times_and_every_generated_image_once(ratio):
@@ -685,11 +685,10 @@ def runs_write_data(folder):
 
 def runs_argv(data, out, *more):
     """24 steps of 8 images, 7 to an epoch; checkpoints, log lines and evaluations out of step."""
-    return [*f"--dataset {data}/images --gen-data {data}/gen.npz --ratio 1 --image-size 16 --width 2 "
-            f"--proj-hidden 8 --proj-dim 4 --batch-size 8 --steps 24 --warmup-steps 3 --log-every 4 "
-            f"--save-every 5 --eval-every 8 --linear-epochs 2 --device cpu --amp off "
-            f"--lr 0.001 --probe-lr 0.001".split(),
-            "--out", str(out), *map(str, more)]
+    return [*f"""--dataset {data}/images --gen-data {data}/gen.npz --ratio 1 --image-size 16
+            --width 2 --proj-hidden 8 --proj-dim 4 --batch-size 8 --steps 24 --warmup-steps 3
+            --log-every 4 --save-every 5 --eval-every 8 --linear-epochs 2 --device cpu --amp off
+            --lr 0.001 --probe-lr 0.001""".split(), "--out", str(out), *map(str, more)]
 
 def runs_flat(value, path=""):
     """{path: bytes or number} of everything in nested dicts and lists of tensors and numbers."""
@@ -712,8 +711,8 @@ def runs_outcome(folder):
         return content
     result = json.loads((folder / "result.json").read_text())
     result = {name: value for name, value in result.items() if name not in RUNS_CLOCK}
-    return runs_flat(dict(checkpoint=load("checkpoint.pt"), encoder=load("encoder.pt"), result=result,
-                          log=runs_log(folder)))
+    return runs_flat(dict(checkpoint=load("checkpoint.pt"), encoder=load("encoder.pt"),
+                          result=result, log=runs_log(folder)))
 
 def runs_assert_same(folder, reference):
     outcome = runs_outcome(folder)
@@ -839,7 +838,8 @@ def test_runs_import_has_no_side_effect(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     def state():
         handlers = [signal.getsignal(getattr(signal, n)) for n in ("SIGINT", "SIGTERM", "SIGUSR1")]
-        return (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.cuda.is_initialized(),
+        return (torch.get_rng_state().tolist(), torch.get_num_threads(),
+                torch.cuda.is_initialized(),
                 torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, handlers,
                 dict(os.environ), sys.argv, os.listdir())
     before = state()
@@ -870,23 +870,25 @@ def test_runs_dry_run_writes_all_files_and_the_encoder_is_torchvisions(runs_data
     stem = weights.pop("conv1.weight")
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and {*missing} == {"conv1.weight", "fc.weight", "fc.bias"}
-    theirs.conv1, theirs.maxpool, theirs.fc = nn.Conv2d(3, 64, 3, 1, 1), nn.Identity(), nn.Identity()
+    theirs.maxpool = theirs.fc = nn.Identity()
+    theirs.conv1 = nn.Conv2d(3, 64, 3, 1, 1)
     theirs.conv1.weight.data, theirs.conv1.bias = stem, None
     encoder, images = adainf.load_encoder(out / "encoder.pt"), torch.rand(2, 3, 16, 16)
     assert encoder.mean.shape == encoder.std.shape == (3, 1, 1)
     torch.testing.assert_close(encoder(images), theirs.eval()(images))
 
 def test_runs_loss_falls_and_eval_only_repeats_the_result(runs_main, tmp_path):
-    options = *"--steps 120 --width 8 --lr 0.1 --temperature 0.5 --log-every 1 --eval-every 60".split(),
+    options = """--steps 120 --width 8 --lr 0.1 --temperature 0.5 --log-every 1
+        --eval-every 60""".split()
     result = runs_main(tmp_path / "run", *options).result
-    losses = [record["loss"] for record in runs_log(tmp_path / "run") if record["event"] == "training"]
+    losses = [each["loss"] for each in runs_log(tmp_path / "run") if each["event"] == "training"]
     assert statistics.mean(losses[-20:]) < statistics.mean(losses[:20]) - 0.02
     before = runs_bytes(tmp_path / "run")
     again = adainf.main(["--eval-only", str(tmp_path / "run")])
     assert {name: again[name] for name in adainf.METRICS} == {n: result[n] for n in adainf.METRICS}
     assert runs_bytes(tmp_path / "run") == before and os.listdir(tmp_path) == ["run"]
 
-def test_runs_real_run_after_a_dry_run_is_as_if_it_had_not_been(runs_main, runs_reference, tmp_path):
+def test_runs_real_run_is_not_changed_by_a_dry_run_before(runs_main, runs_reference, tmp_path):
     runs_main(tmp_path / "fresh", "--steps", 1, "--warmup-steps", 0)
     runs_main(tmp_path / "run", "--dry-run", "--seed", 9, "--aug", "strong", "--width", 3)
     runs_main(tmp_path / "run")
@@ -1011,7 +1013,8 @@ def runs_flip(content, at=None, bit=5):
     return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
 
 @pytest.mark.parametrize("damage", [runs_truncate, runs_flip, lambda content: b""])
-def test_runs_damaged_checkpoint_falls_back(runs_main, runs_reference, tmp_path, monkeypatch, damage):
+def test_runs_damaged_checkpoint_falls_back(
+        runs_main, runs_reference, tmp_path, monkeypatch, damage):
     newest, before = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.prev.pt"
     with monkeypatch.context() as patch:
         runs_signal_at(patch, 12)
@@ -1053,7 +1056,8 @@ def test_runs_disk_full(runs_main, runs_reference, tmp_path, monkeypatch, full):
     runs_main(tmp_path)
     runs_assert_same(tmp_path, runs_reference())
 
-def test_runs_second_process_is_refused(runs_main, runs_reference, runs_data, tmp_path, monkeypatch):
+def test_runs_second_process_is_refused(
+        runs_main, runs_reference, runs_data, tmp_path, monkeypatch):
     def again():
         with pytest.raises(SystemExit) as stop:
             adainf.main(runs_argv(runs_data, tmp_path))
@@ -1062,7 +1066,8 @@ def test_runs_second_process_is_refused(runs_main, runs_reference, runs_data, tm
     runs_call(monkeypatch, (adainf, "sum_gradients"), 3, again)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         runs_main(tmp_path)
-    assert seen == [2] and len(said.getvalue().splitlines()) == 1 and str(tmp_path) in said.getvalue()
+    [line] = said.getvalue().splitlines()
+    assert seen == [2] and str(tmp_path) in line
     runs_assert_same(tmp_path, runs_reference())
 
 # ---- Divergence ----------------------------------------------------------------------------------
@@ -1090,7 +1095,8 @@ def test_runs_learning_rate_too_high(runs_main, tmp_path):
 
 def test_runs_skipped_step_of_the_scaler_is_no_divergence(runs_main, tmp_path, monkeypatch):
     real = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, init_scale=2.0 ** 60, **k))
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        lambda *args, **more: real(*args, init_scale=2.0 ** 60, **more))
     runs_main(tmp_path, "--amp", "fp16")
     assert runs_checkpoint(tmp_path)["scaler"]["scale"] < 2.0 ** 60
 
@@ -1104,8 +1110,9 @@ def runs_finished(runs_data, tmp_path_factory):
     return out
 
 @pytest.mark.parametrize("option, new, old", [
-    ("--ratio", "2", "1"), ("--lr", "0.1", "0.001"), ("--aug", "strong", "auto"), ("--seed", "1", "0"),
-    ("--batch-size", "6", "8"), ("--width", "4", "2"), ("--temperature", "0.5", "0.2"),
+    ("--ratio", "2", "1"), ("--lr", "0.1", "0.001"), ("--aug", "strong", "auto"),
+    ("--seed", "1", "0"), ("--batch-size", "6", "8"), ("--width", "4", "2"),
+    ("--temperature", "0.5", "0.2"),
     ("--gray-prob", "0.3", "None"), ("--linear-epochs", "3", "2"),
     ("--gen-size", "20", "None"), ("--gen-data", "other.npz", "checksums"),
     ("--dataset", "images2", "images")])
@@ -1128,7 +1135,8 @@ def test_runs_changed_images_are_refused(runs_main, runs_data, runs_finished, tm
         finally:
             path.write_bytes(good)
 
-def test_runs_harmless_options_may_change(runs_main, runs_reference, tmp_path, monkeypatch, runs_data):
+def test_runs_harmless_options_may_change(
+        runs_main, runs_reference, tmp_path, monkeypatch, runs_data):
     with monkeypatch.context() as patch:
         runs_signal_at(patch, 6)
         runs_main(tmp_path, status=128 + signal.SIGTERM)
@@ -1146,7 +1154,8 @@ def test_runs_steps_grow_with_a_statement(runs_main, tmp_path, monkeypatch, runs
         at = argv.index("--warmup-steps")
         del argv[at:at + 2]
         return argv
-    monkeypatch.setattr(sys.modules[__name__], "runs_argv", lambda data, out, steps, *_: argv(steps))
+    monkeypatch.setattr(sys.modules[__name__], "runs_argv",
+                        lambda data, out, steps, *_: argv(steps))
     runs_main(tmp_path, 2)
     runs_signal_at(monkeypatch, 1)
     said = runs_main(tmp_path, 160, status=128 + signal.SIGTERM).out
@@ -1194,7 +1203,8 @@ RUNS_GENERATED = np.zeros((5, 16, 16, 3), np.uint8)
 RUNS_BAD = {
     "no file": lambda folder, data: ["--gen-data", folder / "none.npz"],
     "file is a folder": lambda folder, data: ["--gen-data", data],
-    "second file missing": lambda folder, data: ["--gen-data", data / "gen.npz", folder / "none.npz"],
+    "second file missing": lambda folder, data: [
+        "--gen-data", data / "gen.npz", folder / "none.npz"],
     "empty file": runs_bad_file(b""),
     "garbage": runs_bad_file(bytes(range(256)) * 9),
     "truncated": runs_bad_file(runs_truncate),
@@ -1219,8 +1229,8 @@ RUNS_BAD = {
     "no images": runs_bad_array(RUNS_GENERATED[:0]),
     "other size": runs_bad_array(np.zeros((5, 8, 8, 3), np.uint8)),
     "no folder": runs_bad_option("--dataset nowhere"),
-    "no classes": runs_bad_folder(lambda images: [shutil.rmtree(path) for path in images.glob("t*/*")]),
-    "one class": runs_bad_folder(lambda images: [shutil.rmtree(path) for path in images.glob("*/[ab]")]),
+    "no classes": runs_bad_folder(lambda images: [*map(shutil.rmtree, images.glob("t*/*"))]),
+    "one class": runs_bad_folder(lambda images: [*map(shutil.rmtree, images.glob("*/[ab]"))]),
     "empty class": runs_bad_folder(lambda images: [path.unlink() for path in images.glob("*/b/*")]),
     "no test": runs_bad_folder(lambda images: shutil.rmtree(images / "test")),
     "classes differ": runs_bad_folder(lambda images: (images / "test/a").rename(images / "test/d")),
@@ -1232,10 +1242,12 @@ RUNS_BAD = {
     "out is below a file": runs_bad_out("file/run"),
     **{words: runs_bad_option(words) for words in (
         "--ratio -1", "--ratio 1.5", "--batch-size 999", "--batch-size 1", "--steps 0", "--lr 0",
-        "--lr nan", "--lr inf", "--lr x", "--warmup-steps 25", "--temperature 0", "--temperature -1",
+        "--lr nan", "--lr inf", "--lr x", "--warmup-steps 25", "--temperature 0",
+        "--temperature -1",
         "--device abacus", "--device cuda:99", "--amp maybe", "--aug huge", "--gen-size 25",
         "--gen-size 0", "--real-size 37", "--image-size 7", "--seed -1", "--width 0", "--nonsense",
-        "--momentum 1", "--gray-prob 1.01", "--jitter 1 1 1", "--jitter 1 1 1 0.6", "--save-every 0",
+        "--momentum 1", "--gray-prob 1.01", "--jitter 1 1 1", "--jitter 1 1 1 0.6",
+        "--save-every 0",
         "--solarize-prob 0 0 0", "--crop-min 0", "--gen-data", "--eval-only nowhere", "--data-dir",
         "--dataset cifar10", "extra", "--width 9" + 400 * "0", "--seed 9" + 30 * "0",
         "--width 999999999", "--lr 1e300", "--weight-decay 1e200", "--proj-dim 99999999999999")},
@@ -1291,7 +1303,7 @@ def runs_mutate(content, choose):
             case 0: content[at:at + 1] = bytes([choose.randrange(256)])
             case 1: del content[at:at + choose.choice((1, 4, 999))]
             case 2: content[at:at] = content[at:at + choose.choice((1, 4, 999))]
-            case 3: content[at:at + 4] = choose.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"PK\5\6"))
+            case 3: content[at:at + 4] = choose.choice((b"\0" * 4, b"\xff" * 4, b"PK\5\6"))
     return bytes(content)
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -1343,7 +1355,8 @@ def test_runs_fuzzed_options_never_end_in_a_traceback(runs_data, tmp_path, monke
     assert len(trained) > 100 and not (tmp_path / "run").exists()
 
 @pytest.mark.parametrize("words", [
-    f"--lr {2.0 ** 50}", "--jitter 1e9 1e9 1e9 0.5", "--weight-decay 1e9", "--seed 9007199254740992",
+    f"--lr {2.0 ** 50}", "--jitter 1e9 1e9 1e9 0.5", "--weight-decay 1e9",
+    "--seed 9007199254740992",
     "--temperature 1000000", "--knn-temperature 0.001 --knn-k 1", "--crop-min 1",
     "--linear-lr 1e9", "--log-every 1000000000000", "--real-size 4 --ratio 0"])
 def test_runs_extreme_options_work_or_diverge(runs_data, tmp_path, words, capsys):
@@ -1352,7 +1365,7 @@ def test_runs_extreme_options_work_or_diverge(runs_data, tmp_path, words, capsys
     except SystemExit as stop:
         assert stop.code in (1, 2) and capsys.readouterr().err.count("\n") == 1
 
-def test_runs_hidden_folders_and_dots_in_the_path_are_fine(runs_main, runs_data, tmp_path, monkeypatch):
+def test_runs_hidden_folders_and_dots_in_the_path_are_fine(runs_data, tmp_path, monkeypatch):
     images = shutil.copytree(runs_data / "images", tmp_path / ".hidden" / "images")
     (images / "train" / "a" / ".notes").write_text("no image")
     monkeypatch.chdir(images)
@@ -1401,7 +1414,8 @@ def runs_assert_close(ours, exact, tolerance=2e-6):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_runs_processes_share_loss_and_norm_exactly(tmp_path, world):
-    assert runs_end(*runs_start_world(tmp_path / "said", world, runs_part, str(tmp_path))) == [0] * world
+    processes = runs_start_world(tmp_path / "said", world, runs_part, str(tmp_path))
+    assert runs_end(*processes) == [0] * world
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     projections, x, weight = (each.double() for each in runs_numbers())
     projections.requires_grad_()
@@ -1424,8 +1438,8 @@ def runs_assert_near(folder, reference, tolerance=3e-3):
     for path, exact in reference.items():
         if path.startswith(("/checkpoint/model/backbone", "/checkpoint/model/proj")):
             kind = np.int64 if path.endswith("tracked") else np.float32
-            np.testing.assert_allclose(np.frombuffer(outcome[path], kind), np.frombuffer(exact, kind),
-                                       rtol=tolerance, atol=tolerance, err_msg=path)
+            ours, exact = (np.frombuffer(each, kind) for each in (outcome[path], exact))
+            np.testing.assert_allclose(ours, exact, tolerance, tolerance, err_msg=path)
         elif path.endswith("/loss"):
             assert abs(outcome[path] - exact) < 3 * tolerance, path
 
@@ -1496,7 +1510,8 @@ def test_runs_generated_images_are_those_of_the_file(tmp_path, runs_data, compre
 
 def test_runs_a_file_of_generated_images_is_in_memory_once(tmp_path):
     """Catches a second copy, which for a million images is 3 GB."""
-    path, real = runs_npz(tmp_path, image=np.zeros((20_000, 16, 16, 3), np.uint8)), np.zeros((1, 16, 16, 3))
+    path = runs_npz(tmp_path, image=np.zeros((20_000, 16, 16, 3), np.uint8))
+    real = np.zeros((1, 16, 16, 3))
     tracemalloc.start()
     images = adainf.load_generated(real, SimpleNamespace(gen_data=[path], gen_size=None, seed=0))
     _, peak = tracemalloc.get_traced_memory()
@@ -1526,14 +1541,15 @@ def test_runs_gen_size_is_a_seeded_random_subset(runs_data):
 def test_runs_real_size_is_class_balanced(runs_data):
     labels = runs_load(runs_data, "--real-size", 10).labels
     assert sorted(labels.bincount().tolist()) == [3, 3, 4]
-    first, second = (runs_load(runs_data, "--real-size", 9, "--seed", seed).images for seed in (0, 1))
+    first, second = (runs_load(runs_data, "--real-size", 9, "--seed", seed).images
+                     for seed in (0, 1))
     assert not torch.equal(first, second)
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_runs_warns_of_bgr(tmp_path, runs_data, capsys, flip):
     for path in shutil.copytree(runs_data / "images", tmp_path / "images").glob("*/*/*"):
-        Image.fromarray(np.asarray(Image.open(path)) // [1, 2, 4]).convert("RGB").save(path) if 0 else (
-            Image.fromarray((np.asarray(Image.open(path)) // [1, 2, 4]).astype(np.uint8)).save(path))
+        image = (np.asarray(Image.open(path)) // [1, 2, 4]).astype(np.uint8)
+        Image.fromarray(image).save(path)
     generated = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3)) // [1, 2, 4]
     generated = generated[..., ::-1] if flip else generated
     path = runs_npz(tmp_path, image=np.ascontiguousarray(generated, np.uint8))
@@ -1556,7 +1572,8 @@ def test_runs_compare_makes_four_cells_that_differ_only_in_data_and_augmentation
         "aug", "ratio", "gen_data", "seed", "out")]
     assert all(c["options"][name] == configs[0]["options"][name] for c in configs for name in names)
     for metric in adainf.METRICS:
-        measured = sorted(json.loads((folder / "result.json").read_text())[metric] for folder in folders)
+        measured = sorted(json.loads((folder / "result.json").read_text())[metric]
+                          for folder in folders)
         rows = [row[metric] for name, row in table.items() if name not in (
             "raw pixels", "untrained network")]
         assert measured == sorted(value for row in rows for value in row["values"])
@@ -2102,8 +2119,9 @@ def download_cifar10(monkeypatch, url):
     draw, lists, buffer = np.random.default_rng(0), [], io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-            content = pickle.dumps({"label_names": list("abcdefghij")} if name == "batches.meta" else {
-                "data": draw.integers(0, 256, (20, 3072), np.uint8), "labels": [*range(10)] * 2})
+            images = dict(data=draw.integers(0, 256, (20, 3072), np.uint8), labels=[*range(10)] * 2)
+            names = {"label_names": list("abcdefghij")}
+            content = pickle.dumps(names if name == "batches.meta" else images)
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -2116,8 +2134,8 @@ def download_cifar10(monkeypatch, url):
     return body
 
 def download_train(data_dir, out):
-    return adainf.main(f"--data-dir {data_dir} --out {out} --width 2 --batch-size 8 --dry-run --proj-hidden "
-                       "8 --proj-dim 4 --device cpu".split())
+    return adainf.main(f"--data-dir {data_dir} --out {out} --width 2 --batch-size 8 --dry-run "
+                       "--proj-hidden 8 --proj-dim 4 --device cpu".split())
 
 def test_download_of_cifar10_by_adainf_itself(tmp_path, monkeypatch, capsys):
     """From a server to a result; a host that is down is one line that names the other way."""
@@ -2138,16 +2156,17 @@ def test_download_of_cifar10_by_adainf_itself(tmp_path, monkeypatch, capsys):
 def test_download_of_cifar10_is_where_adainf_looks_for_it(tmp_path, monkeypatch, download_quickly):
     with DownloadServer(b"") as server:
         server.body = download_cifar10(monkeypatch, "http://127.0.0.1:9/unreachable")
-        monkeypatch.setitem(dg.SOURCES, "cifar10", (
-            1e4, [server.url().replace("file", "cifar-10-python")], hashlib.md5(server.body).hexdigest()))
+        url = server.url().replace("file", "cifar-10-python")
+        md5 = hashlib.md5(server.body).hexdigest()
+        monkeypatch.setitem(dg.SOURCES, "cifar10", (1e4, [url], md5))
         download_run("cifar10", "--data-dir", tmp_path / "data")
     assert download_train(tmp_path / "data", tmp_path / "run")["n_real"] == 100
 
 # ---- python test_adainf.py stress ----------------------------------------------------------------
 
 def stress(argv):
-    """Kill runs at random moments, and in the middle of saves, and compare all they leave with a run
-    that nothing stopped. Arguments: the least number of kills (60) and a seed (0)."""
+    """Kill runs at random moments, and in the middle of saves, and compare all they leave with a
+    run that nothing stopped. Arguments: the least number of kills (60) and a seed (0)."""
     least, seed = (*map(int, argv), *(60, 0)[len(argv):])
     choose, kills, differences, done = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
@@ -2155,7 +2174,8 @@ def stress(argv):
         more = "--steps", 60, "--save-every", 2
         for name in ("straight", "again"):  # the first one also starts the server of processes
             began = time.perf_counter()
-            assert runs_end(runs_start(os.devnull, adainf.main, runs_argv(data, data / name, *more))) == [0]
+            argv = runs_argv(data, data / name, *more)
+            assert runs_end(runs_start(os.devnull, adainf.main, argv)) == [0]
             seconds = time.perf_counter() - began
         reference = runs_outcome(data / "straight")
         while kills < least or differences:
@@ -2164,7 +2184,8 @@ def stress(argv):
             run = runs_argv(data, out, *more)
             kills += runs_kill_at_random(run, out, seconds, choose)
             outcome, done = runs_outcome(out), done + 1
-            different = [path for path in outcome | reference if outcome.get(path) != reference.get(path)]
+            different = [path for path in outcome | reference
+                         if outcome.get(path) != reference.get(path)]
             print(f"run {done}: {kills} kills so far, {len(different)} differences {different[:3]}",
                   flush=True)
             if different:
@@ -2172,7 +2193,7 @@ def stress(argv):
     print(f"{done} runs were killed {kills} times; each ended bit for bit as one that was not")
     return 0
 
-# ---- Benchmark: python test_adainf.py benchmark ---------------------------------------------------
+# ---- python test_adainf.py benchmark -------------------------------------------------------------
 
 class BenchmarkPeer(torch.utils.data.Dataset):
     """What most code bases do: Pillow images through torchvision transforms, one at a time."""
@@ -2199,7 +2220,7 @@ class BenchmarkPeer(torch.utils.data.Dataset):
         return self.view(image), self.view(image)
 
 def benchmark_rate(work, amount, device, seconds=3.0, least=3):
-    """{median, low, high} of amount per second over repeated calls of work(), after one to warm up."""
+    """{median, low, high} of amount per second over repeated work(), after one to warm up."""
     def timed():
         started = time.perf_counter()
         work()
@@ -2285,8 +2306,8 @@ def benchmark(argv):
 
     def show(title, rate, unit, note=""):
         record["figures"][title] = rate
-        print(f"{title:54} {rate['median']:12,.0f} {unit}  ({rate['low']:,.0f} to {rate['high']:,.0f}, "
-              f"n = {rate['runs']}) {note}", flush=True)
+        print(f"{title:54} {rate['median']:12,.0f} {unit}  ({rate['low']:,.0f} to "
+              f"{rate['high']:,.0f}, n = {rate['runs']}) {note}", flush=True)
         return rate["median"]
 
     print("\nAugmentation alone, 512 views a batch; x: times the peers' pipeline with 2 workers")
@@ -2312,7 +2333,8 @@ def benchmark(argv):
         mixture = adainf.Mixture(benchmark_pool(device, 50_000, count), 10, 512, seed=0)
         steps = itertools.count()
         show(f"from 50,000 real and {count:,} generated images", benchmark_rate(
-            lambda: mixture.batch(next(steps) % 1000, slice(None), device), 1, device, 1), "batches/s")
+            lambda: mixture.batch(next(steps) % 1000, slice(None), device), 1, device, 1),
+            "batches/s")
 
     print(f"\nTraining step, width 64, {batch} images; the share is of the measured matmul peak")
     flop = 6 * benchmark_multiplications(64) * 2  # two views; backward costs twice the forward
@@ -2329,9 +2351,10 @@ def benchmark(argv):
         work()
         first = time.perf_counter() - started
         rate = benchmark_rate(work, batch, device, 6)
+        flops = rate["median"] * flop
         speed = show(title, rate, "images/s", f"{rate['median'] / plain['median']:.2f} x, "
-                     f"{rate['median'] * flop / 1e12:.2f} TFLOP/s, {rate['median'] * flop / peak:.0%} of "
-                     f"peak, first step {first:.0f} s")
+                     f"{flops / 1e12:.2f} TFLOP/s, {flops / peak:.0%} of peak, "
+                     f"first step {first:.0f} s")
         if title == settings[-2][0]:
             share = 2 * speed / augmented["weak", "eager"]
             print(f"    of which eager augmentation takes {share:.1%}")
@@ -2346,7 +2369,7 @@ def benchmark(argv):
             device, 16, 128, fast, True, pool=pool), 128, device, 2), "images/s")
     record["peak_memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
                                 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
-    print(f"\npeak memory {record['peak_memory_gb']:.1f} GB (of which 3.2 GB hold the million images)")
+    print(f"\npeak memory {record['peak_memory_gb']:.1f} GB, 3.2 GB of it for the million images")
     Path("benchmark.json").write_text(json.dumps(record, indent=1))
 
 def benchmark_multiplications(width):
