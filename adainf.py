@@ -33,7 +33,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---- Options ------------------------------------------------------------------------------------
 # How a view is distorted (section 4). crop_min: smallest area of a crop, as a share of the image;
-# jitter: brightness, contrast, saturation (factors 1 +- strength), hue (turns); the rest: per view.
+# jitter: brightness, contrast, saturation (factors 1 +- these), hue (turns); each _prob: per view.
 
 STRONG = dict(crop_min=0.08, jitter_prob=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_prob=0.2,
               blur_prob=0.5, solarize_prob=(0.0, 0.0), flip_prob=0.5)  # SimCLR's own
@@ -61,7 +61,7 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="adainf.py", description="SimCLR with AdaInf")
     parser.error = lambda message: parser.exit(2, f"adainf.py: {message}\n")  # one line, no usage
     def add(flag, default, kind, text, **more):
-        more |= kind if isinstance(kind, dict) else {"type": kind}
+        more |= kind if isinstance(kind, dict) else dict(type=kind, metavar=kind.__name__.upper())
         if (name := flag[2:].replace("-", "_")) in STRONG:
             text += f" (default: strong {STRONG[name]}, weak {WEAK[name]})"
         elif default is not None and kind is not switch:
@@ -79,20 +79,17 @@ def build_parser():
     add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
     add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
     group = parser.add_argument_group("inflation")
-    add("--gen-data", None, str, "generated images: npz files, `image` is uint8 N x n x n x 3, RGB",
-        nargs="+", metavar="FILE")
+    add("--gen-data", None, str, "generated images: npz, `image` uint8 N x n x n x 3, RGB", nargs="+")
     add("--gen-size", None, count, "generated images |D_g|, a random subset; default all")
     add("--ratio", 10, index, "weight N of a real image against a generated one; 0: no real images")
     group = parser.add_argument_group("augmentation (single values override those of --aug)")
     add("--aug", "auto", one_of("auto", "strong", "weak"), "auto: weak if there is generated data")
     add("--crop-min", None, number(float, 1e-3, 1), "smallest crop, as a share of the area")
     add("--jitter-prob", None, share, "probability of colour jitter")
-    add("--jitter", None, scale, "brightness, contrast, saturation (as 1 +- these), hue (turns)",
-        nargs=4, metavar=tuple("BCSH"))
+    add("--jitter", None, scale, "brightness, contrast, saturation (1 +- it), hue (turns)", nargs=4)
     add("--gray-prob", None, share, "probability of grayscale")
     add("--blur-prob", None, share, "probability of Gaussian blur, sigma 0.1 to 2 pixels")
-    add("--solarize-prob", None, share, "probability of solarize, for both views or one for each",
-        nargs="+", metavar="P")
+    add("--solarize-prob", None, share, "probability of solarize; one value or one a view", nargs="+")
     add("--flip-prob", None, share, "probability of a horizontal flip")
     group = parser.add_argument_group("model")
     add("--width", 64, number(int, 1, 1024), "channels of the ResNet-18's first stage")
@@ -115,10 +112,10 @@ def build_parser():
     add("--knn-temperature", 0.07, number(float, 1e-3), "a vote weighs exp(cosine / temperature)")
     add("--linear-epochs", 100, count, "epochs of the offline linear probe")
     add("--linear-lr", 0.1, positive, "peak learning rate of the offline linear probe")
-    add("--eval-only", None, str, "evaluate the newest checkpoint of this run", metavar="RUN")
+    add("--eval-only", None, str, "evaluate the newest checkpoint of the run in this folder")
     group = parser.add_argument_group("experiments")
     add("--compare", False, switch, "no inflation (strong, weak), vanilla and AdaInf side by side")
-    add("--seeds", None, index, "seeds of --compare; default --seed", nargs="+", metavar="SEED")
+    add("--seeds", None, index, "seeds of --compare; default --seed", nargs="+")
     add("--demo", False, switch, "--compare on shapes, in minutes on a CPU")
     group = parser.add_argument_group("system")
     add("--out", None, str, "folder of the run, continued by the same command; default in runs/")
@@ -855,9 +852,9 @@ class Run:
         return [line for line in self.lines if line["event"] == event]
 
     def log_training(self, step, *losses):
-        """Log losses, learning rate and speed. Raises RunError if the loss is not finite."""
+        """Log the losses of this step, and the speed. Raises RunError if one is not finite."""
         loss, probe_loss = sum_over_processes(torch.stack(losses).detach()).tolist()
-        self.require(math.isfinite(loss), "the loss is", step)
+        self.require(math.isfinite(loss + probe_loss), "the loss is", step)
         (begun, since), self.clock = self.clock, (time.perf_counter(), step)
         seconds = (self.clock[0] - begun) / (step - since)
         lr, speed = self.state["optimizer"].param_groups[0]["lr"], self.options.batch_size / seconds
