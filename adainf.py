@@ -79,7 +79,7 @@ def build_parser():
     add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
     add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
     group = parser.add_argument_group("inflation")
-    add("--gen-data", None, str, "generated images: npz, `image` uint8 N x n x n x 3, RGB", nargs="+")
+    add("--gen-data", None, str, "generated images: npz, `image` uint8 N x n x n x 3", nargs="+")
     add("--gen-size", None, count, "generated images |D_g|, a random subset; default all")
     add("--ratio", 10, index, "weight N of a real image against a generated one; 0: no real images")
     group = parser.add_argument_group("augmentation (single values override those of --aug)")
@@ -89,7 +89,7 @@ def build_parser():
     add("--jitter", None, scale, "brightness, contrast, saturation (1 +- it), hue (turns)", nargs=4)
     add("--gray-prob", None, share, "probability of grayscale")
     add("--blur-prob", None, share, "probability of Gaussian blur, sigma 0.1 to 2 pixels")
-    add("--solarize-prob", None, share, "probability of solarize; one value or one a view", nargs="+")
+    add("--solarize-prob", None, share, "probability of solarize: one, or one a view", nargs="+")
     add("--flip-prob", None, share, "probability of a horizontal flip")
     group = parser.add_argument_group("model")
     add("--width", 64, number(int, 1, 1024), "channels of the ResNet-18's first stage")
@@ -525,7 +525,7 @@ def train(options, data):
                 run.evaluate(step, lambda: evaluate(model, data, options, amp, linear=last))
             if last:
                 return run.finish()
-            run.stop_if_asked(step)
+            run.begin(step)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.steps, options.warmup_steps,
@@ -756,7 +756,7 @@ class Run:
 
     def __init__(self, options, data, beta, why, state):
         self.options, self.folder, self.state = options, Path(options.out), state
-        self.device, self.lines, self.asked = data.mean.device, [], 0
+        self.device, self.lines, self.asked, self.clock = data.mean.device, [], 0, None
         self.facts = dict(beta=beta, augmentation=why, n_real=len(data.images),
                           n_generated=len(data.generated), seed=options.seed)
         self.config = json.loads(json.dumps(dict(
@@ -822,7 +822,6 @@ class Run:
             device=torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
             versions={each.__name__: str(each.__version__) for each in (torch, torchvision, np)},
             python=sys.version, script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()))
-        self.clock = time.perf_counter(), step
         return step
 
     def require(self, finite, what, step):
@@ -855,8 +854,8 @@ class Run:
         """Log the losses of this step, and the speed. Raises RunError if one is not finite."""
         loss, probe_loss = sum_over_processes(torch.stack(losses).detach()).tolist()
         self.require(math.isfinite(loss + probe_loss), "the loss is", step)
-        (begun, since), self.clock = self.clock, (time.perf_counter(), step)
-        seconds = (self.clock[0] - begun) / (step - since)
+        (begun, since), self.clock = self.clock, None
+        seconds = (time.perf_counter() - begun) / (step - since)
         lr, speed = self.state["optimizer"].param_groups[0]["lr"], self.options.batch_size / seconds
         left = datetime.timedelta(seconds=round(seconds * (self.options.steps - step)))
         self.log("training", step, dict(loss=loss, lr=lr, probe_loss=probe_loss,
@@ -871,7 +870,7 @@ class Run:
             self.log("evaluation", step, scores)
             say(f"step {step:7,}  " + "  ".join(f"{k} {v:.2f} %" for k, v in scores.items()))
             self.save(step)
-        self.clock = time.perf_counter(), step
+        self.clock = None
 
     def hear(self, number, _):
         """A signal asks to stop after this step or evaluation; a second one stops at once."""
@@ -879,7 +878,8 @@ class Run:
             self.leave(number, "at once")
         self.asked = number
 
-    def stop_if_asked(self, step):
+    def begin(self, step):
+        """Stop before this step if a signal asked for it, otherwise let the clock run."""
         asked = self.asked
         if WORLD > 1:  # all stop together; asking costs a sync, so only at every tenth step
             votes = torch.tensor(float(asked), device=self.device)
@@ -888,6 +888,7 @@ class Run:
         if asked:
             self.save(step)
             self.leave(asked, f"after step {step:,}, which is saved")
+        self.clock = self.clock or (time.perf_counter(), step)  # not of compiling and evaluating
 
     def leave(self, number, when):
         say(f"stopped by {signal.Signals(number).name} {when}; the same command continues")
