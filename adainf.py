@@ -19,7 +19,6 @@ training; below it stands what only operations need. B: images in a batch, n: pi
 D: features, C: classes. Images wait as uint8, N x n x n x 3, RGB."""
 import argparse, collections, contextlib, copy, ctypes, datetime, hashlib, io, json  # noqa: E401
 import math, os, signal, statistics, sys, time, zipfile, zlib  # noqa: E401
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -671,8 +670,7 @@ def load_folder(folder, size):
             folder, is_valid_file=lambda path: "/." not in path[len(str(folder)):])
     if len(found.classes) < 2:
         raise InputError(f"--dataset: {folder} has one class only, {found.classes[0]}")
-    with ThreadPoolExecutor() as threads:
-        images = np.stack([*threads.map(read, (path for path, _ in found.samples))])
+    images = np.stack([read(path) for path, _ in found.samples])
     return images, np.array(found.targets), found.classes
 
 def load_generated(real, options):
