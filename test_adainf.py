@@ -1125,6 +1125,12 @@ def test_runs_changed_option_is_refused(runs_main, runs_data, runs_finished, opt
     assert old in said and (option in said and new in said or option == "--gen-data")
     assert runs_bytes(runs_finished) == before
 
+def test_runs_fewer_steps_are_refused(runs_main, runs_finished):
+    """Catches a finished run that passes for a shorter one, which has another cosine."""
+    before = runs_bytes(runs_finished)
+    said = runs_main(runs_finished, "--steps", 2, "--warmup-steps", 2, status=2).err
+    assert "--steps 3, not 2" in said and runs_bytes(runs_finished) == before
+
 def test_runs_changed_images_are_refused(runs_main, runs_data, runs_finished, tmp_path):
     for split in ("test", "train"):
         path = runs_data / "images" / split / "b" / "3.png"
