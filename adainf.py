@@ -37,6 +37,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STRONG = dict(crop_min=0.08, jitter_prob=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_prob=0.2,
               blur_prob=0.5, solarize_prob=(0.0, 0.0), flip_prob=0.5)  # SimCLR's own
 WEAK = STRONG | dict(crop_min=0.2, jitter_prob=0.4, jitter=(0.4, 0.4, 0.4, 0.1))  # AdaInf's
+RECIPES = {"strong": STRONG, "weak": WEAK}
 
 def choose_augmentation(options):
     """(values as in STRONG, the reason for them): AdaInf's rule, then the user's own values."""
@@ -44,7 +45,7 @@ def choose_augmentation(options):
     own = {name: value for name in STRONG if (value := getattr(options, name)) is not None}
     why = [f"--aug {options.aug}, {'with' if options.gen_data else 'without'} generated data",
            *(f"--{name.replace('_', '-')}" for name in own)]
-    return (STRONG if strength == "strong" else WEAK) | own, f"{strength} ({', '.join(why)})"
+    return RECIPES[strength] | own, f"{strength} ({', '.join(why)})"
 
 def number(kind, low, high=10 ** 9):
     """An argparse type: an int or float in low..high."""
@@ -78,11 +79,12 @@ def build_parser():
     add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
     add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
     group = parser.add_argument_group("inflation")
-    add("--gen-data", None, str, "generated images: npz, `image` uint8 N x n x n x 3", nargs="+")
+    add("--gen-data", None, str, "generated images; npz: `image` uint8 N x n x n x 3 RGB",
+        nargs="+")
     add("--gen-size", None, count, "generated images |D_g|, a random subset; default all")
     add("--ratio", 10, index, "weight N of a real image against a generated one; 0: no real images")
     group = parser.add_argument_group("augmentation (single values override those of --aug)")
-    add("--aug", "auto", one_of("auto", "strong", "weak"), "auto: weak if there is generated data")
+    add("--aug", "auto", one_of("auto", *RECIPES), "auto: weak with generated data, else strong")
     add("--crop-min", None, number(float, 1e-3, 1), "smallest crop, as a share of the area")
     add("--jitter-prob", None, share, "probability of colour jitter")
     add("--jitter", None, scale, "brightness, contrast, saturation (1 +- it), hue (turns)", nargs=4)
@@ -555,14 +557,14 @@ def one_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 @contextlib.contextmanager
-def one_line_for(message, *kinds):
+def one_line_for(message, *kinds, error_type=InputError):
     """What goes wrong inside (of these kinds, or at all) becomes one line: message (reason)."""
     try:
         yield
     except InputError:
         raise
     except kinds or Exception as error:
-        raise InputError(f"{message} ({one_line(error)})") from error
+        raise error_type(f"{message} ({one_line(error)})") from error
 
 METRICS = ("online_top1", "linear_top1", "knn_top1")
 DEMO = dict(dataset="shapes", compare=True, image_size=16, real_size=500, width=16, steps=500,
@@ -621,10 +623,10 @@ def load_data(options):
             raise InputError(f"--real-size {size}: too few images in a class for equal shares")
         keep = np.sort(np.concatenate(keep))
         images, labels = images[keep], labels[keep]
-    generated, device, cpu = load_generated(images, options), choose_device(options), "cpu"
-    size = images.nbytes + generated.nbytes
-    fits = device.type != "cuda" or size < torch.cuda.mem_get_info()[0] / 2
-    wait = {"cuda": device, "cpu": cpu, "auto": device if fits else cpu}[options.data_device]
+    generated, device = load_generated(images, options), choose_device(options)
+    fits = device.type != "cuda" or (
+        images.nbytes + generated.nbytes < torch.cuda.mem_get_info()[0] / 2)
+    wait = {"cuda": device, "cpu": "cpu", "auto": device if fits else "cpu"}[options.data_device]
     crc = [zlib.crc32(each) for each in (images, test_images, generated)]
     images, labels, generated, test_images, test_labels = map(
         torch.from_numpy, (images, labels, generated, test_images, test_labels))
@@ -678,10 +680,11 @@ def load_generated(real, options):
     files = [real[:0]]
     for path in options.gen_data or []:
         with one_line_for(f"--gen-data {path}: has no whole array `image`"):
-            with np.load(path, allow_pickle=False) as archive:
-                if damaged := archive.zip.testzip():
-                    raise ValueError(f"wrong checksum of {damaged}")
-                files.append(np.ascontiguousarray(archive["image"]))
+            with zipfile.ZipFile(path) as archive, archive.open("image.npy") as member:
+                image = np.lib.format.read_array(member, allow_pickle=False)
+                if member.read():  # to the end, where zip compares the checksum
+                    raise ValueError("bytes follow the array")
+                files.append(np.ascontiguousarray(image))
         dtype, shape, size = files[-1].dtype, files[-1].shape, len(real[0])
         if dtype != np.uint8 or shape[1:] != (size, size, 3) or not shape[0]:
             raise InputError(f"--gen-data {path}: has {dtype} {shape}, not uint8 N x {size} x "
@@ -806,13 +809,13 @@ class Run:
     def restore(self):
         """Load the newest whole checkpoint and the log up to it; its step, 0 without one."""
         step, self.lines, path = load_checkpoint(self.folder, self.state)
-        if sum_over_processes(torch.tensor(float(step), device=self.device)) != step * WORLD:
+        if self.total(step) != step * WORLD:
             raise RunError(f"--out {self.folder}: is not one folder for all processes")
         if RANK == 0:
             if path:
                 os.replace(path, self.folder / "checkpoint.pt")  # a damaged newer one gives way
             self.log_file.truncate(0)  # what came after the checkpoint will be done again
-            self.log_file.write(b"".join(json_bytes(line, None) for line in self.lines))
+        self.write_log(self.lines)
         if step:
             say(f"continues  {self.folder} after step {step:,}")
         self.log("start", step, dict(
@@ -842,8 +845,13 @@ class Run:
     def log(self, event, step, values):
         """A JSON object a line in log.jsonl."""
         self.lines.append({"event": event, "step": step, **values})
+        self.write_log(self.lines[-1:])
+
+    def write_log(self, lines):
         if RANK == 0:
-            self.log_file.write(json_bytes(self.lines[-1], None))
+            with one_line_for(f"cannot write {self.log_file.name}; the last checkpoint is good, "
+                              "and the same command continues", OSError, error_type=RunError):
+                self.log_file.write(b"".join(json_bytes(line, None) for line in lines))
 
     def records(self, event):
         return [line for line in self.lines if line["event"] == event]
@@ -880,13 +888,15 @@ class Run:
         """Stop before this step if a signal asked for it, otherwise let the clock run."""
         asked = self.asked
         if WORLD > 1:  # all stop together; asking costs a sync, so only at every tenth step
-            votes = torch.tensor(float(asked), device=self.device)
-            total = step % 10 == 0 and int(sum_over_processes(votes))
-            asked = total and (asked or signal.SIGTERM)
+            asked = step % 10 == 0 and self.total(asked) and (asked or signal.SIGTERM)
         if asked:
             self.save(step)
             self.leave(asked, f"after step {step:,}, which is saved")
         self.clock = self.clock or (time.perf_counter(), step)  # not of compiling and evaluating
+
+    def total(self, value):
+        """The sum of a number over all processes; the host waits for it."""
+        return sum_over_processes(torch.tensor(float(value), device=self.device)).item()
 
     def leave(self, number, when):
         say(f"stopped by {signal.Signals(number).name} {when}; the same command continues")
@@ -902,11 +912,12 @@ class Run:
         if RANK == 0:
             encoder = torch_bytes(self.state["model"].backbone.state_dict())
             write_whole(self.folder / "encoder.pt", encoder)
-            curves = [{name: [*zip(*((line["step"], line[name]) for line in lines))]
-                       for name in names} for lines, names in (
-                           (training, ["loss"]), (evaluations, ["knn_top1", "online_top1"]))]
-            write_figure(self.folder / "curves.png", ("step", "NT-Xent", curves[0]),
-                         ("step", "test accuracy, %", curves[1]))
+            def curves(lines, *names):
+                steps = [line["step"] for line in lines]
+                return {name: (steps, [line[name] for line in lines]) for name in names}
+            write_figure(
+                self.folder / "curves.png", ("step", "NT-Xent", curves(training, "loss")),
+                ("step", "test accuracy, %", curves(evaluations, "knn_top1", "online_top1")))
             write_whole(self.folder / "result.json", json_bytes(result))
         say(f"results   in {self.folder}")
         if self.asked:
@@ -919,13 +930,15 @@ def json_bytes(value, indent=1):
 def write_whole(path, content, keep=None):
     """Write bytes to a file whole or not at all; with `keep`, the old one stays under that name."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(temporary, path)
+    with one_line_for(f"cannot write {path}, what was there is intact", OSError,
+                      error_type=RunError):
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
 
 def torch_bytes(value):
     buffer = io.BytesIO()
@@ -1041,8 +1054,10 @@ def write_views(path, data, two_views):
     uniform = torch.rand(2, len(images), two_views.DRAWS, generator=random_stream("cpu", VIEWS))
     views = two_views.apply(images.repeat(2, 1, 1, 1), two_views.draw(uniform.to(data.mean.device)))
     rows = torch.cat([images.permute(0, 3, 1, 2) / 255, views * data.std + data.mean])
-    rows = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n))
-    torchvision.utils.save_image(rows, path, nrow=len(images), padding=3, pad_value=1)
+    rows, buffer = F.interpolate(rows, scale_factor=max(1, 64 // two_views.n)), io.BytesIO()
+    torchvision.utils.save_image(rows, buffer, format="png", nrow=len(images), padding=3,
+                                 pad_value=1)
+    write_whole(path, buffer.getvalue())
 
 def write_figure(path, *panels):
     """A PNG of panels (x label, y label, {name: (values of x, of y)}), if there is matplotlib."""
@@ -1064,7 +1079,7 @@ def write_figure(path, *panels):
 
 def compare(options, data):
     """The four cells over --seeds, everything else equal: a table, comparison.json and .png."""
-    real = data._replace(generated=data.generated[:0], crc=[*data.crc[:2], 0])
+    real = data._replace(generated=data.generated[:0], crc=[*data.crc[:2], 0])  # 0: of no bytes
     cells = {"none-strong": (real, None, 1, "strong"), "none-weak": (real, None, 1, "weak"),
              "vanilla-1to1-strong": (data, options.gen_data, 1, "strong"),
              f"adainf-{options.ratio}to1-weak": (data, options.gen_data, options.ratio, "weak")}
@@ -1137,7 +1152,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         message, status = "stopped by SIGINT before the first step", 128 + signal.SIGINT
     except OSError as error:
-        message, status = f"--out {options.out}: {error}; the last checkpoint is good", 1
+        message, status = one_line(error), 1
     except (torch.OutOfMemoryError, MemoryError) as error:
         message, status = f"{one_line(error)} Try a smaller --batch-size, or --data-device cpu", 1
     except RuntimeError as error:

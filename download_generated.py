@@ -208,8 +208,8 @@ CIFAR10_MEANS = 125.3, 123.0, 113.9  # of red, green and blue in its training im
 
 def read_npz(path, key="image", rows=4096):
     """Yield (shape, dtype) of an array in an npz file, then its rows in chunks, of at most `rows`:
-    a stream, so a file of 3 GB takes no memory of its own. Raises Problem, in time or at the end,
-    where zip compares the checksum."""
+    a stream, so a file of 3 GB takes no memory of its own. Raises Problem; of damage within the
+    rows only after the last one, where zip compares the checksum."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
             read_header = {(1, 0): np.lib.format.read_array_header_1_0,
