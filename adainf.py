@@ -28,7 +28,6 @@ treated at once. D_d, D_g: the real and the generated images; P_d, P_g: what the
 import argparse
 import collections
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -211,23 +210,17 @@ def choose_augmentation(options):
 # left and right alike, so the flip may come first, as a part of the crop's matrix.)
 
 
-def crop_matrices(start, length, n):
-    """Bicubic resize of pixels start..start + length - 1 to n pixels: integers (M) -> M x n x n.
+def crop_matrices(n):
+    """Bicubic resize of every crop of an axis to n pixels: n^2 x n x n, at start * n + length - 1.
 
-    Keys' kernel with a = -0.5, as in Pillow. A crop is never longer than n: it is only enlarged, so
-    the kernel need not be widened."""
-    start = start[:, None, None]
-    length = length[:, None, None]
-    source = torch.arange(n)
-    output = torch.arange(n)[:, None]
-    centre = start + (output + 0.5) * length / n  # of an output pixel, in the source
-    d = (source + 0.5 - centre).abs()
-
-    near = 1.5 * d ** 3 - 2.5 * d ** 2 + 1
-    far = -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
-    weight = torch.where(d < 1, near, far) * (d < 2)
-    weight = weight * (source >= start) * (source < start + length)  # nothing from outside
-    return weight / weight.sum(-1, keepdim=True)
+    A linear map is known by what it does to unit vectors, which are resized here as in Pillow."""
+    table = torch.zeros(n, n, n, n)
+    for length in range(1, n + 1):
+        unit_vectors = torch.eye(length)[None, None]
+        resize = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
+        for start in range(n - length + 1):
+            table[start, length - 1, :, start:start + length] = resize
+    return table.flatten(0, 1)
 
 
 def blur_matrices(sigma, n):
@@ -360,11 +353,8 @@ class TwoViews:
         self.jitter_range = torch.tensor(augmentation["jitter"], device=device)
         self.solarize_prob = torch.tensor(augmentation["solarize_prob"], device=device)
 
-        # An axis has few crops, so the matrices of all are made once, and looked up by apply().
-        # Those that would leave the image are made as well, but never looked up.
-        pixel = torch.arange(n)
-        start, length = torch.cartesian_prod(pixel, pixel + 1).unbind(1)
-        self.crops = crop_matrices(start, length, n).to(device)
+        # There are few crops and blurs: all their matrices are made once, and looked up by apply().
+        self.crops = crop_matrices(n).to(device)
         level = torch.arange(self.BLURS)
         sigma = 0.1 + 1.9 * (level + 0.5) / self.BLURS
         no_blur = torch.eye(n)[None]
@@ -757,22 +747,30 @@ def compare(options, all_data):
 
     Prints a table, writes comparison.json and .png, returns {row: {metric: spread}}."""
     folder = Path(options.out)
-    results = collections.defaultdict(list)  # {row: scores for each seed}
+    cells = []
     for seed in options.seeds:
         for name, own in cells_of(options).items():
             # A cell is a run like any other: its command line would be these options.
-            cell = copy.copy(options)
-            vars(cell).update(own, seed=seed, compare=False, seeds=None, demo=False)
+            cell = argparse.Namespace(**vars(options) | own)
+            cell.compare = cell.demo = False
+            cell.seed = seed
+            cell.seeds = [seed]
             cell.out = str(folder / f"{name}-{seed}")
-            data = choose_subsets(all_data, cell)
-            if name == "none-strong":
-                # Baselines without training, which every cell should beat.
-                untrained = build_model(cell, data)
-                autocast = choose_autocast(cell)
-                results["raw pixels"].append(probe_pixels(data, cell))
-                results["untrained network"].append(evaluate(untrained, data, cell, autocast))
-            say(f"\n{name}, seed {seed}")
-            results[name].append(train(cell, data))
+            cells.append((name, cell))
+    for _, cell in cells:  # what cannot run is refused before anything has run
+        Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
+
+    results = collections.defaultdict(list)  # {row: scores for each seed}
+    for name, cell in cells:
+        data = choose_subsets(all_data, cell)
+        if name == "none-strong":
+            # Baselines without training, which every cell should beat.
+            untrained = build_model(cell, data)
+            autocast = choose_autocast(cell)
+            results["raw pixels"].append(probe_pixels(data, cell))
+            results["untrained network"].append(evaluate(untrained, data, cell, autocast))
+        say(f"\n{name}, seed {cell.seed}")
+        results[name].append(train(cell, data))
 
     table = {}
     for name, scores in results.items():
@@ -852,7 +850,7 @@ def errors_as(message, *kinds, status=2):
 # --demo: a small network that meets a procedural data set, of which 20 images are real.
 DEMO = dict(dataset="fabrics", gen_data=["fabrics"], real_size=20, probe_all=True, image_size=16,
             width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=800, warmup_steps=80,
-            batch_size=20, eval_every=0, log_every=200, compare=True, out="runs/demo")
+            batch_size=20, lr=0.1, eval_every=0, log_every=200, compare=True, out="runs/demo")
 
 
 def flag(name):
@@ -896,7 +894,7 @@ def build_parser():
         group.add_argument(name, default=default, help=text, **more)
 
     group = parser.add_argument_group("data")
-    add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/*")
+    add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/")
     add("--data-dir", "data", str, "folder for downloads")
     add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
     add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
@@ -982,12 +980,6 @@ def parse_options(argv=None):
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
     options.device = choose_device(options.device)
     options.amp = choose_precision(options.amp, options.device)
-    if options.dry_run:
-        options.dry_run = False  # from here on it is a run like any other
-        options.steps = 1
-        options.warmup_steps = 0
-        options.linear_epochs = 1
-        options.out = tempfile.mkdtemp(prefix="adainf-dry-run-")
     inflation = f"ratio{options.ratio}" if options.gen_data else "none"
     run = f"{Path(options.dataset).name}-{inflation}-{options.aug}-seed{options.seed}"
     defaults = dict(
@@ -1011,6 +1003,17 @@ def parse_options(argv=None):
           f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally")
     inflated = options.ratio == 0 or options.compare or options.gen_size
     check(options.gen_data or not inflated, "--ratio 0, --compare and --gen-size: need --gen-data")
+    if options.eval_only:
+        check(not options.compare and not options.dry_run,
+              "--eval-only: evaluates one run; leave out --compare and --dry-run")
+        options.gen_data = None  # which nothing is evaluated on
+        options.gen_size = None
+    if options.dry_run:
+        options.dry_run = False  # from here on it is a run like any other
+        options.steps = 1
+        options.warmup_steps = 0
+        options.linear_epochs = 1
+        options.out = tempfile.mkdtemp(prefix="adainf-dry-run-")
     return options
 
 
@@ -1022,8 +1025,7 @@ def load_data(options):
     name = options.dataset
     size = options.image_size
     if name == "fabrics":
-        from download_generated import fabrics  # the demo's data set is not part of the method
-        train, test, classes = fabrics(size)
+        train, test, classes = demo_data().fabrics(size)
     elif name in ("cifar10", "cifar100"):
         train, test, classes = read_cifar(name, options)
     else:
@@ -1054,6 +1056,13 @@ def load_data(options):
         classes=classes,
         mean=mean.to(options.device),
         std=std.to(options.device))
+
+
+def demo_data():
+    """The module with the demo's images, which are not a part of the method."""
+    with errors_as("fabrics: needs download_generated.py beside adainf.py", ImportError):
+        import download_generated
+    return download_generated
 
 
 def read_cifar(name, options):
@@ -1091,8 +1100,7 @@ def read_folder(folder, size):
 def read_generated(path, size):
     """`image` of an npz file, uint8 M x size x size x 3; "fabrics" stands for the demo's images."""
     if path == "fabrics":
-        from download_generated import generate_fabrics
-        return generate_fabrics(size)
+        return demo_data().generate_fabrics(size)
     with errors_as(f"--gen-data {path}: has no whole array `image`"):
         with zipfile.ZipFile(path) as archive, archive.open("image.npy") as member:
             images = np.lib.format.read_array(member, allow_pickle=False)
@@ -1205,17 +1213,16 @@ def accelerate(network, two_views, options):
 @contextlib.contextmanager
 def processes(device):
     """Join the processes that torchrun started, for as long as this lasts."""
+    if WORLD == 1:
+        yield
+        return
     gpu = None
-    if device == "cuda" and WORLD > 1:
+    if device == "cuda":
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
-    try:
-        yield
-    finally:
-        if WORLD > 1:
-            dist.destroy_process_group()
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for the other processes
 
 
 def share_of_process(count):
@@ -1286,9 +1293,9 @@ class Run:
             f"views     {reason}: {two_views.augmentation}\n"
             f"training  {options.steps:,} steps of {options.batch_size} images, an epoch has "
             f"{mixture.steps_per_epoch:,}; {WORLD} x {options.device}, AMP {options.amp}")
+        self.two_views = two_views
         if RANK == 0:
             self.open_folder()
-            draw_views(self.folder / "views.png", data, two_views)
 
     def open_folder(self):
         """Lock the folder; refuse it if it was begun with other options or images."""
@@ -1302,23 +1309,25 @@ class Run:
                 fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
         data = self.data
-        pools = (data.images, data.generated, data.probe_images, data.test_images)
-        config = dict(
+        pools = (data.images, data.labels, data.generated, data.probe_images, data.probe_labels,
+                 data.test_images, data.test_labels)
+        self.config = dict(
             options=vars(self.options),
             **self.facts,
             classes=data.classes,
             checksums=[zlib.crc32(images.cpu().numpy()) for images in pools],
             mean=data.mean.flatten().tolist(),
             std=data.std.flatten().tolist())
+        if not (self.folder / "config.json").exists():
+            return
+        new = compared(self.config)
+        old = compared(read_config(self.folder))
         # Without a checkpoint, a run may begin anew with any options.
         if (self.folder / "checkpoint.pt").exists():
-            new = compared(config)
-            old = compared(read_config(self.folder))
             for name in new:
                 check(new[name] == old.get(name), f"--out {self.folder}: was begun with {name} "
                       f"{old.get(name)}, not {new[name]}; go on with the old value, or choose a "
                       "new --out")
-        write_json(self.folder / "config.json", config)
 
     def __enter__(self):
         """Load the checkpoint, begin the log, listen to signals."""
@@ -1326,6 +1335,8 @@ class Run:
         over_processes(dist.ReduceOp.SUM, torch.zeros(1, device=self.data.device))
         self.first_step, self.lines = load_checkpoint(self.folder, self.state)
         if RANK == 0:
+            write_json(self.folder / "config.json", self.config)
+            draw_views(self.folder / "views.png", self.data, self.two_views)
             self.log_file.truncate(0)  # what came after the checkpoint will be done again
             self.write_log(self.lines)
         if self.first_step:
@@ -1342,19 +1353,21 @@ class Run:
                  python=sys.version,
                  script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
+        if self.first_step == 0 and self.options.eval_every:
+            self.log_evaluation(0)
         # torchrun and Slurm stop a run by SIGTERM, Slurm warns by SIGUSR1, which Windows lacks.
         usual = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
         self.handlers = {number: signal.signal(number, self.note_signal) for number in usual}
-        if self.first_step == 0 and self.options.eval_every:
-            self.log_evaluation(0)
         self.clock = (time.perf_counter(), self.first_step)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error_type, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
+        if self.signal and not error_type:  # it came after the last step
+            signal.raise_signal(self.signal)
 
     def note_signal(self, number, _):
         """Stop after this step or evaluation; a second signal stops at once."""
@@ -1617,21 +1630,22 @@ def main(argv=None):
         message = str(error)
         status = error.status
     except KeyboardInterrupt:
-        message = "stopped by SIGINT, not in a step; the same command continues"
+        message = "stopped by SIGINT outside of training; the same command continues"
         status = 128 + signal.SIGINT
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        message = (f"{one_line(error)} Try --data-device cpu, or a smaller --batch-size in a new "
-                   "--out")
-        status = 1
     except OSError as error:
         message = one_line(error)
         status = 1
-    except RuntimeError as error:
-        # torch has no class of its own for a connection that breaks.
-        if WORLD == 1 or not any(word in str(error) for word in ("onnection", "NCCL", "imed out")):
-            raise
-        message = f"lost another process ({one_line(error)}); the same command continues"
+    except (MemoryError, RuntimeError) as error:
+        message = one_line(error)
         status = 1
+        # torch has no class of its own for a full CPU memory, nor for a connection that breaks.
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "allocate memory" in message:
+            message = f"out of memory ({message}); try --data-device cpu, or less in a new --out"
+        elif WORLD > 1 and any(word in message for word in ("onnection", "NCCL", "imed out")):
+            message = f"lost another process, see its message ({message})"
+        else:
+            raise
     print(f"adainf.py: {message}", file=sys.stderr)
     raise SystemExit(status)
 

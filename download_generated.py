@@ -754,10 +754,10 @@ def draw_fabrics(labels, size, rng):
     wave = np.select(chosen, [waves[name] for name in PATTERNS])
     is_light = wave > uniform(-0.2, 0.2)
 
-    hue = (pattern + labels % 2) / len(HUES) + rng.normal(0, 0.08, count)
+    hue = (pattern + labels % 2) / len(HUES) + rng.normal(0, 0.05, count)
     hue = hue[:, None, None] + field(-0.12, 0.12)
-    light = hue_to_rgb(hue, field(0.3, 1), field(0.5, 1))
-    ground = hue_to_rgb(field(0, 1), field(0, 0.6), field(0, 0.6))
+    light = hue_to_rgb(hue, field(0.3, 1), field(0.45, 1))
+    ground = hue_to_rgb(field(0, 1), field(0, 0.6), field(0.05, 0.85))
     image = np.where(is_light[..., None], light, ground)
     for _ in range(2):
         inside = np.hypot(x - uniform(0, size), y - uniform(0, size)) < uniform(1, 2.5)
