@@ -63,9 +63,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # ---- 1. Mix real and generated images (Section 3) ------------------------------------------------
 # Inflation draws images from P_t = beta P_d + (1 - beta) P_g, a mixture of real and generated ones.
 # As P_t - P_d = (1 - beta) (P_g - P_d), it has a share 1 - beta of the generator's error, in total
-# variation: D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d) (Theorem 3.1). Counting each real
-# image N times raises beta: with 50,000 real and 1,000,000 generated images from 0.05 (N = 1) to
-# 0.33 (N = 10). The generated ones still bring their diversity.
+# variation: D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d) (Theorem 3.1). Counting each real image N
+# times raises beta: with 50,000 real and 1,000,000 generated images from 0.05 (N = 1) to 0.33
+# (N = 10). The generated ones still bring their diversity.
 
 
 @dataclasses.dataclass
@@ -227,8 +227,8 @@ def blur_matrices(sigma, n):
     """Gaussian blur of n pixels as Pillow does it, by three box filters: M sigmas -> M x n x n.
 
     A box has 2 full + 1 whole pixels, the most whose variance is not above a third of sigma^2, and
-    on each side as large a part of one more as is missing to it (Gwosdek et al. 2011, eq. 3 and 4,
-    "extended box filter")."""
+    on each side as large a part of one more as is missing to it (Gwosdek et al. 2011, "extended
+    box filter")."""
     variance = sigma.double()[:, None] ** 2 / 3  # double, as the cube of a matrix follows
     full = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     missing = (2 * full + 1) * (3 * variance - full * (full + 1))
