@@ -1416,6 +1416,7 @@ def tear_log(out):
 def test_import_has_no_side_effect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
     def state():
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -1864,6 +1865,15 @@ def test_bad_file_of_generated_images_is_one_line(refused, tiny, tmp_path, spoil
     assert "bad.npz" in refused("--gen-data", tmp_path / "bad.npz")
 
 
+def test_bytes_after_the_images_are_refused(refused, tmp_path):
+    """A file may be whole for zip, and yet have more in it than its header says."""
+    content = io.BytesIO()
+    np.save(content, ZEROS)
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("image.npy", content.getvalue() + b"\0")
+    assert "bad.npz" in refused("--gen-data", tmp_path / "bad.npz")
+
+
 @pytest.mark.parametrize("missing", ["test", "test/c", "train/[ab]"])
 def test_folder_without_some_images_is_one_line(refused, tiny, tmp_path, missing):
     images = shutil.copytree(tiny / "images", tmp_path / "images")
@@ -2032,7 +2042,7 @@ def test_images_of_several_files_are_kept_apart_from_the_real_ones(load, tiny):
     assert data.labels.bincount().tolist() == [12, 12, 12]
 
 
-def test_file_of_generated_images_is_in_memory_once(tmp_path):
+def test_file_of_generated_images_is_in_memory_once(load, tmp_path, monkeypatch):
     """Catches a second copy, which for a million images of 32 x 32 is 3 GB."""
     path = tmp_path / "gen.npz"
     np.savez(path, image=np.zeros((20_000, 16, 16, 3), np.uint8))
@@ -2041,6 +2051,9 @@ def test_file_of_generated_images_is_in_memory_once(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert images.nbytes <= peak < 1.2 * images.nbytes
+
+    monkeypatch.setattr(adainf, "read_generated", lambda *_: images)
+    assert load().generated.data_ptr() == images.ctypes.data
 
 
 def places(images, pool):
