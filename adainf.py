@@ -757,7 +757,8 @@ def compare(options, all_data):
             cell.seeds = [seed]
             cell.out = str(folder / f"{name}-{seed}")
             cells.append((name, cell))
-    for _, cell in cells:  # what cannot run is refused before anything has run
+    # What cannot run is refused before anything has run; of that, all seeds have the same.
+    for _, cell in cells[:len(cells_of(options))]:
         Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
 
     results = collections.defaultdict(list)  # {row: scores for each seed}
