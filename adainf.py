@@ -19,8 +19,8 @@ real image N = 10 times, and with inflation augment more weakly.
 
 It reads from top to bottom: 1 mixing, 2 views, 3 model and loss, 4 optimiser, 5 evaluation,
 6 training, 7 experiments. What follows is needed to operate a run, not to understand it: helpers
-such as check() (raises an error), to_device() (copies), gather() and share_of_process() (matter
-with several processes only).
+such as check(), which raises an error if a condition fails, to_device(), which copies, and gather()
+and share_of_process(), which do something only if there are several processes.
 
 Notation: B images in a batch, so 2B views; n pixels along a side; D features; M rows of whatever is
 treated at once. D_d, D_g: the real and the generated images; P_d, P_g: what they are drawn from."""
@@ -35,6 +35,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import signal
 import statistics
 import sys
@@ -45,8 +46,8 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Threads that spin while they wait slow down beside other programs. OpenMP reads this when
-    # torch is loaded, so it is set before the import.
+    # Threads that wait shall sleep: if they spin, every other program on the cores delays them.
+    # OpenMP reads this when torch is loaded, so it is set before the import.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -64,8 +65,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # Inflation draws images from P_t = beta P_d + (1 - beta) P_g, a mixture of real and generated ones.
 # As P_t - P_d = (1 - beta) (P_g - P_d), it has a share 1 - beta of the generator's error, in total
 # variation: D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d) (Theorem 3.1). Counting each real image N
-# times raises beta: with 50,000 real and 1,000,000 generated images from 0.05 (N = 1) to 0.33
-# (N = 10). The generated ones still bring their diversity.
+# times raises beta: with 50,000 real images and 1,000,000 generated ones, beta is 0.05 for N = 1,
+# and 0.33 for N = 10. The generated ones still bring their diversity.
 
 
 @dataclasses.dataclass
@@ -73,14 +74,14 @@ class Data:
     """What a run learns from and is tested on. Images: uint8, M x n x n x 3, RGB."""
 
     images: torch.Tensor  # the real training images D_d
-    labels: torch.Tensor  # their labels, int64; only the probes use them
+    labels: torch.Tensor  # their labels, int64, for the online probe; no other part learns them
     generated: torch.Tensor  # D_g: without labels, whatever its file says
-    probe_images: torch.Tensor  # for the offline probes: D_d, or (--probe-all) all there are
+    probe_images: torch.Tensor  # for the probes of section 5: D_d, or other labelled images
     probe_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list  # their names
-    mean: torch.Tensor  # of all real training images in 0..1: 3 x 1 x 1, on the compute device
+    mean: torch.Tensor  # of the whole data set's colours, 0..1: 3 x 1 x 1, on the compute device
     std: torch.Tensor
 
     @property
@@ -94,9 +95,8 @@ EPOCH, VIEWS, PROBE = 1, 2, 3  # what random numbers are for
 def random_stream(*key):
     """A NumPy Generator for a key of integers, such as (seed, VIEWS, step).
 
-    Its numbers depend on the key alone: so a resumed run has no random state to restore, and they
-    are the same beside every GPU. (PyTorch's CPU generator would use only 32 bits of a seed, too
-    few to give each of 100,000 steps numbers of its own.)"""
+    Its numbers depend on the key alone: a resumed run has no random state to restore, and every
+    process can draw the numbers of the whole batch and use those of its share."""
     return np.random.default_rng(key)
 
 
@@ -110,7 +110,7 @@ class Mixture:
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
-        copies = ratio if len(data.generated) else 1  # alone, they would only lengthen an epoch
+        copies = ratio if len(data.generated) else 1  # without D_g, beta is 1 for any N
         self.n_copied = copies * len(data.images)  # N |D_d|
         self.size = self.n_copied + len(data.generated)
         self.beta = self.n_copied / self.size
@@ -139,7 +139,7 @@ class Mixture:
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
 
-        # Each sample takes an image of both pools, and `where` keeps the right one.
+        # Without a loop: each sample takes an image of both pools, and `where` keeps the right one.
         data = self.data
         is_real = to_device(samples < self.n_copied, data.images.device)
         index = samples % len(data.images)
@@ -158,10 +158,12 @@ def take(pool, index):
 
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
-# Two images that can become the same view are connected: the loss pulls them together. Classes are
-# found if images of a class hang together (Theorem 4.1: a large lambda_{k+1}) and if views rarely
-# change what an image shows (a small alpha). Stronger views help the first and harm the second.
-# Inflation helps the first alone, by images in between; so with it, weaker views are best.
+# Two images are connected if they can become the same view: by way of it, the loss pulls them
+# together. Classes are found if their images are well connected, and if views rarely change what an
+# image shows. (Theorem 4.1: the larger lambda_{D+1} of the Laplacian of this graph, for D features,
+# the better it is connected; alpha is the share of views that change the class.) Stronger views
+# help the first and harm the second. Inflation helps the first alone, by images in between; so with
+# it, weaker views are best.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -178,19 +180,17 @@ RECIPES = {"strong": STRONG, "weak": WEAK}  # the paper's, for SimCLR
 def choose_augmentation(options):
     """AdaInf's rule: weak with generated images, else strong; then the user's own values.
 
-    Returns (a dict like STRONG, the reason in words)."""
+    Returns ("weak" or "strong", a dict like STRONG)."""
     strength = options.aug
     if strength == "auto":
         strength = "weak" if options.gen_data else "strong"
-    reasons = [f"--aug {options.aug}, {'with' if options.gen_data else 'without'} generated data"]
 
     augmentation = dict(RECIPES[strength])
     for name in augmentation:
         value = getattr(options, name)
         if value is not None:
             augmentation[name] = value
-            reasons.append(flag(name))
-    return augmentation, f"{strength} ({', '.join(reasons)})"
+    return strength, augmentation
 
 
 # This is a view of one image in torchvision and Pillow, with which the tests compare ours:
@@ -211,11 +211,13 @@ def choose_augmentation(options):
 
 
 def crop_matrices(n):
-    """Bicubic resize of every crop of an axis to n pixels: n^2 x n x n, at start * n + length - 1.
+    """Matrices that crop n pixels of an axis and resize the crop to n, as Pillow's bicubic does.
 
-    A linear map is known by what it does to unit vectors, which are resized here as in Pillow."""
+    Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop, 0 if there is none."""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
+        # The columns of a matrix are what it makes of unit vectors: so take an identity matrix, and
+        # resize its columns from length to n pixels (its height, but not its width).
         unit_vectors = torch.eye(length)[None, None]
         resize = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
         for start in range(n - length + 1):
@@ -226,34 +228,34 @@ def crop_matrices(n):
 def blur_matrices(sigma, n):
     """Gaussian blur of n pixels as Pillow does it, by three box filters: M sigmas -> M x n x n.
 
-    A box has 2 full + 1 whole pixels, the most whose variance is not above a third of sigma^2, and
-    on each side as large a part of one more as is missing to it (Gwosdek et al. 2011, "extended
-    box filter")."""
-    variance = sigma.double()[:, None] ** 2 / 3  # double, as the cube of a matrix follows
-    full = (((12 * variance + 1).sqrt() - 1) / 2).floor()
-    missing = (2 * full + 1) * (3 * variance - full * (full + 1))
-    part = missing / (6 * ((full + 1) ** 2 - variance))
+    The weights of a box are part, 1 ... 1, part, with `radius` ones on either side of the middle
+    (Gwosdek et al. 2011, "extended box filter"). Variances add: each box has a third of sigma^2."""
+    wanted = sigma.double()[:, None] ** 2 / 3  # variance; double, as a matrix is cubed below
+    # A box without part has the variance radius (radius + 1) / 3; take the widest up to `wanted`.
+    radius = (((12 * wanted + 1).sqrt() - 1) / 2).floor()
+    ones = 2 * radius + 1
+    squares = radius * (radius + 1) * ones / 3  # the sum of their squared distances to the middle
+    # wanted = (squares + 2 part (radius + 1)^2) / (ones + 2 part), solved for part:
+    part = (wanted * ones - squares) / (2 * ((radius + 1) ** 2 - wanted))
 
-    # box[m, o, p]: how much of pixel p is in output o; taps beyond an edge fall on its last pixel.
-    reach = int(full.max()) + 1
+    reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
-    weight = (full + part + 1 - offset.abs()).clamp(0, 1)  # 1 up to full, then part, then 0
-    source = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
-    box = torch.einsum("mk,okp->mop", weight, F.one_hot(source, n).double())
+    weight = (radius + part + 1 - offset.abs()).clamp(0, 1)  # 1, at radius + 1 part, beyond it 0
+    pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)  # beyond an edge, its last one
+    # box[m, i, j]: the sum of the weights k of blur m which in output i fall on pixel j.
+    falls_on = F.one_hot(pixel, n).double()
+    box = torch.einsum("mk,ikj->mij", weight, falls_on)
     box = box / box.sum(-1, keepdim=True)
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n (rows, channels, columns), so that a product along either
-# axis needs a new shape only, and no copy.
+# In what follows images are M x n x 3 x n (rows, channels, columns). With rows first and columns
+# last, neither product needs a transposed copy.
 
 
 def transform(rows, x, columns):
     """rows @ image @ columns^T for every image and channel; matrices are M x n x n."""
-    n = x.shape[-1]
-    x = rows @ x.reshape(-1, n, 3 * n)
-    x = x.view(-1, 3 * n, n) @ columns.mT
-    return x.view(-1, n, 3, n)
+    return torch.einsum("mih,mhcw,mjw->micj", rows, x, columns)
 
 
 def grayscale(x):
@@ -263,11 +265,10 @@ def grayscale(x):
 
 
 def blend(x, kind, factor):
-    """One operation of colour jitter for each image. A factor of 0 gives a target, 1 gives x, and
-    more goes beyond x, away from the target.
+    """target + factor (x - target), one for each image: 1 gives x, 0 its target, 2 exaggerates.
 
-    kind: M integers. 0 is brightness, whose target is black; 1 contrast: the image's mean grey; 2
-    saturation: the grey image."""
+    kind: M integers. 0 is brightness, whose target is black; 1 contrast: the mean grey of the
+    image; 2 saturation: the grey image."""
     kind = kind.view(-1, 1, 1, 1)
     factor = factor.view(-1, 1, 1, 1)
     gray = grayscale(x)
@@ -276,12 +277,10 @@ def blend(x, kind, factor):
     return torch.lerp(target, x, factor).clamp(0, 1)
 
 
-def blends(x, kind, factor, now):
-    """Each image's three blends in its own order: kind and factor, M x 3. Where it is not their
-    time (now, M x 3), the factor is 1, which changes nothing."""
-    factor = torch.where(now, factor, 1.0)
-    for turn in range(3):
-        x = blend(x, kind[:, turn], factor[:, turn])
+def blends(x, kind, factor):
+    """Three blends of each image in an order of its own: kind and factor, M x 3."""
+    for place in range(3):
+        x = blend(x, kind[:, place], factor[:, place])
     return x
 
 
@@ -299,7 +298,9 @@ def shift_hue(x, turns):
     hue = hue + 6 * turns
 
     channels = []
-    for corner in (0, 2, 4):  # each channel is full near its corner, and lowest far from it
+    for corner in (0, 2, 4):
+        # The shorter way around a circle of 6. A channel is highest up to a distance of 1 from its
+        # corner, and lowest from 2 on.
         distance = ((hue - corner + 3) % 6 - 3).abs()
         channels.append(value - chroma * (distance - 1).clamp(0, 1))
     return torch.stack(channels, dim=2)
@@ -311,36 +312,22 @@ def random_boxes(area, aspect, corner, crop_min, n):
     Uniform random numbers area, aspect (... x 10), corner (... x 2) -> start, length (... x 2)."""
     area = n * n * (crop_min + (1 - crop_min) * area)
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))  # width / height: 3/4 to 4/3
-    height = (area / aspect).sqrt().round()
-    width = (area * aspect).sqrt().round()
+    size = torch.stack([area / aspect, area * aspect], dim=-1)  # height^2, width^2: ... x 10 x 2
+    size = size.sqrt().round()
 
-    fits = (height > 0) & (height <= n) & (width > 0) & (width <= n)
-    first = fits.int().argmax(-1, keepdim=True)  # the first maximum, so the first that fits
-    length = torch.cat([height.gather(-1, first), width.gather(-1, first)], dim=-1)
-    length = torch.where(fits.any(-1, keepdim=True), length, n)
-    start = (corner * (n - length + 1)).floor().minimum(n - length)  # rounding may add 1
+    fits = ((size > 0) & (size <= n)).all(-1, keepdim=True)  # ... x 10 x 1
+    first = fits.int().argmax(-2, keepdim=True)  # the first maximum, so the first that fits
+    length = size.take_along_dim(first, dim=-2).squeeze(-2)
+    length = torch.where(fits.any(-2), length, n)
+    start = (corner * (n - length + 1)).floor()
     return start.long(), length.long()
 
 
 class TwoViews:
     """Two random views of every image: two_views(images, step).
 
-    draw() turns uniform random numbers into parameters, apply() distorts images by parameters: both
-    are pure functions, to be tested and compiled."""
+    draw() makes random parameters, apply() distorts images by parameters."""
 
-    DRAWS = dict(  # how many uniform random numbers a view needs, and for what
-        area=10,  # of ten boxes
-        aspect=10,
-        corner=2,  # of the box that is taken
-        flip=1,
-        factor=3,  # of brightness, contrast, saturation
-        hue=1,
-        jitter=1,  # whether there is any
-        order=4,  # of brightness, contrast, saturation and hue
-        gray=1,
-        blur=1,
-        sigma=1,
-        solarize=1)
     BLURS = 256  # levels of sigma, from 0.1 to 2 pixels
 
     def __init__(self, augmentation, n, mean, std, seed):
@@ -349,76 +336,76 @@ class TwoViews:
         self.mean = mean
         self.std = std
         self.seed = seed
-        device = mean.device
-        self.jitter_range = torch.tensor(augmentation["jitter"], device=device)
-        self.solarize_prob = torch.tensor(augmentation["solarize_prob"], device=device)
 
         # There are few crops and blurs: all their matrices are made once, and looked up by apply().
-        self.crops = crop_matrices(n).to(device)
+        self.crops = crop_matrices(n).to(mean.device)
         level = torch.arange(self.BLURS)
         sigma = 0.1 + 1.9 * (level + 0.5) / self.BLURS
         no_blur = torch.eye(n)[None]
-        self.blurs = torch.cat([no_blur, blur_matrices(sigma, n)]).to(device)
-
-        # One function from numbers to views, so that accelerate() can put its compiled form here.
-        self.pipeline = lambda images, uniform: self.apply(images, self.draw(uniform))
+        self.blurs = torch.cat([no_blur, blur_matrices(sigma, n)]).to(mean.device)
 
     @torch.no_grad()
     def __call__(self, images, step):
         """uint8 B x n x n x 3 -> float 2B x 3 x n x n, normalised, all first views first."""
-        count = len(images) * WORLD
-        stream = random_stream(self.seed, VIEWS, step)
-        draws = sum(self.DRAWS.values())
-        uniform = stream.random((2, count, draws), np.float32)  # of the whole batch
-        uniform = torch.from_numpy(uniform[:, share_of_process(count)])
-        twice = images.repeat(2, 1, 1, 1)
-        return self.pipeline(twice, to_device(uniform, images.device))
+        batch_size = len(images) * WORLD  # draw for all processes, and use the own share
+        parameters = self.draw(random_stream(self.seed, VIEWS, step), batch_size)
+        for name, value in parameters.items():
+            own = value[:, share_of_process(batch_size)]
+            parameters[name] = to_device(own.flatten(0, 1), images.device)
+        return self.apply(images.repeat(2, 1, 1, 1), parameters)
 
-    def draw(self, uniform):
-        """Uniform random numbers in [0, 1), 2 x B x 36 -> parameters, tensors of 2B rows."""
+    def draw(self, stream, count):
+        """Parameters of two views of `count` images: tensors 2 x count x (numbers of a view)."""
         recipe = self.augmentation
-        parts = uniform.split(list(self.DRAWS.values()), dim=-1)
-        u = dict(zip(self.DRAWS, parts))
+
+        def uniform(numbers=1):  # in [0, 1)
+            return torch.from_numpy(stream.random((2, count, numbers), np.float32))
+
         crop_min = recipe["crop_min"]
-        start, length = random_boxes(u["area"], u["aspect"], u["corner"], crop_min, self.n)
+        start, length = random_boxes(uniform(10), uniform(10), uniform(2), crop_min, self.n)
 
-        # Colour jitter: three blends and a shift of hue, in the order of random times.
-        jittered = u["jitter"] < recipe["jitter_prob"]
-        low = (1 - self.jitter_range[:3]).clamp(min=0)
-        high = 1 + self.jitter_range[:3]
-        factor = torch.where(jittered, low + (high - low) * u["factor"], 1.0)
-        turns = self.jitter_range[3] * (2 * u["hue"] - 1)
-        time, kind = u["order"][..., :3].sort(-1)  # at turn i comes blend kind[i]
-        time_of_hue = u["order"][..., 3:]
+        # Colour jitter. Brightness, contrast and saturation are blends, of kind 0, 1, 2.
+        jittered = uniform() < recipe["jitter_prob"]
+        *strengths, max_turns = recipe["jitter"]
+        strength = torch.tensor(strengths)
+        low = (1 - strength).clamp(min=0)
+        factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
+        turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # Level 0 of the table is no blur.
-        blur_level = 1 + (u["sigma"] * self.BLURS).long()
-        parameters = dict(
+        # They and hue come in the order of random times.
+        time, kind = uniform(3).sort(-1)  # kind: the three in the order of their times
+        factor = factor.gather(-1, kind)  # from the order 0, 1, 2 to that one
+        time_of_hue = uniform()
+
+        blur = 1 + (uniform() * self.BLURS).long()  # its place in the table; at 0 is none
+        solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
+        return dict(
             start=start,
             length=length,
-            flip=u["flip"] < recipe["flip_prob"],
+            flip=uniform() < recipe["flip_prob"],
             kind=kind,
-            factor=factor.gather(-1, kind),
+            factor=factor,
             before_hue=time < time_of_hue,
-            hue=torch.where(jittered, turns, 0.0),
-            gray=u["gray"] < recipe["gray_prob"],
-            blur=torch.where(u["blur"] < recipe["blur_prob"], blur_level, 0),
-            solarize=u["solarize"] < self.solarize_prob.view(-1, 1, 1))
-        return {name: value.flatten(0, 1) for name, value in parameters.items()}
+            hue=turns,
+            gray=uniform() < recipe["gray_prob"],
+            blur=torch.where(uniform() < recipe["blur_prob"], blur, 0),
+            solarize=uniform() < solarize_prob)
 
     def apply(self, images, p):
         """uint8 M x n x n x 3 and parameters of M rows -> float M x 3 x n x n, normalised."""
         x = images.permute(0, 1, 3, 2).float() / 255
 
         crop = p["start"] * self.n + p["length"] - 1  # its place in the table
-        rows = self.crops.index_select(0, crop[:, 0])
+        rows = self.crops.index_select(0, crop[:, 0])  # crop: M x 2, vertical and horizontal
         columns = self.crops.index_select(0, crop[:, 1])
-        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)
+        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)  # flips the output
         x = transform(rows, x, columns).clamp(0, 1)
 
-        x = blends(x, p["kind"], p["factor"], now=p["before_hue"])
+        # All blends are done twice, before the hue and after it, so that hue has any place in their
+        # order: once with their factor, and once with 1, which changes nothing.
+        x = blends(x, p["kind"], torch.where(p["before_hue"], p["factor"], 1.0))
         x = shift_hue(x, p["hue"][:, :, None])
-        x = blends(x, p["kind"], p["factor"], now=~p["before_hue"])
+        x = blends(x, p["kind"], torch.where(p["before_hue"], 1.0, p["factor"]))
         x = torch.where(p["gray"][:, :, None, None], grayscale(x), x)
 
         blur = self.blurs.index_select(0, p["blur"].flatten())
@@ -464,7 +451,8 @@ class ResNet(nn.Sequential):
     """torchvision's resnet18 for small images: its stem is a 3 x 3 convolution without pooling.
 
     Normalised M x 3 x n x n -> features M x D. blocks: how many in each stage; each but the first
-    doubles the channels and halves the image. nn.Sequential runs layers in the order in which they
+    doubles the channels and halves the image. stem_padding: zeros around the image; 1 keeps its
+    size, and the official code has 2. nn.Sequential runs layers in the order in which they
     are set here; the names of those with weights are torchvision's."""
 
     def __init__(self, width=64, blocks=(2, 2, 2, 2), stem_padding=1):
@@ -513,8 +501,6 @@ def build_model(options, data):
     """A SimCLR on the compute device; its initial weights depend on the seed alone."""
     torch.manual_seed(options.seed)
     model = SimCLR(options, len(data.classes))
-    if WORLD > 1 and data.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the whole batch
     return model.to(data.device, memory_format=torch.channels_last)
 
 
@@ -522,7 +508,8 @@ def nt_xent(projections, temperature):
     """NT-Xent (Chen et al. 2020, eq. 1): find the other view of the same image among all views.
 
     projections: 2B x d, first views first. Returns the mean over views of the cross-entropy of
-    cosines / temperature, in fp32; it is ln(2B - 1) if all cosines are equal."""
+    cosines / temperature, in fp32; it is ln(2B - 1) if all cosines are equal. Copies of one real
+    image in a batch count as different images, as in the official code."""
     z = F.normalize(gather(projections.float()), dim=1)  # of all processes
     similarity = z @ z.T / temperature
     similarity.fill_diagonal_(-math.inf)  # a view is no candidate for itself
@@ -535,23 +522,24 @@ def probe_cross_entropy(logits, labels, n_real):
     """Mean cross-entropy of the views of a batch's real images, 0 without any.
 
     logits: 2B x classes; labels: B, -1 is left out; n_real: how many of the whole batch are real.
-    With several processes: this one's summand of that mean."""
+    With several processes, the values of all add up to that mean."""
     labels = labels.repeat(2)
     total = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
     return total / (2 * max(n_real, 1))
 
 
 # ---- 4. Optimiser (Section 5) --------------------------------------------------------------------
-# Large batches need large steps, but a step must suit what it changes: LARS moves each weight
-# tensor by a share of its norm, however large its gradient is, and never faster than lr.
+# Large batches need a large learning rate, with which some layers would move too far. If a gradient
+# times the rate is longer than eta times the norm of its weight tensor, LARS shortens it.
 
 
 class LARS(torch.optim.SGD):
-    """Momentum SGD with a trust ratio for each weight tensor (You et al. 2017), clipped at 1.
+    """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
 
-    For two or more axes: d = r (g + wd p), r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1). For
-    biases and norms: d = g. Then SGD: buffer = momentum buffer + d, and p = p - lr buffer, so that
-    lr r is the smaller one of eta |p| / |g| and lr. If p is 0, r is 1; if g is 0, so is d."""
+    p: a tensor, g: its gradient, wd: its decay. With two or more axes, d = r (g + wd p), where
+    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps the step lr * d from being longer than
+    eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g. Then as in SGD,
+    b = momentum * b + d and p = p - lr * b."""
 
     ETA = 0.02
     EPS = 1e-8
@@ -559,9 +547,8 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.ndim > 1 and p.grad is not None]
-            if weights:
-                self.scale_gradients(weights, group["lr"], group["decay"])
+            weights = [p for p in group["params"] if p.ndim > 1]
+            self.scale_gradients(weights, group["lr"], group["decay"])
         super().step()
 
     def scale_gradients(self, weights, lr, decay):
@@ -573,7 +560,7 @@ class LARS(torch.optim.SGD):
         ratio = self.ETA * p_norm / (g_norm + decay * p_norm + self.EPS) / lr
         ratio = ratio.clamp(max=1)
         ratio = torch.where(p_norm == 0, 1.0, ratio)
-        ratio = torch.where(g_norm == 0, 0.0, ratio)
+        ratio = torch.where(g_norm == 0, 0.0, ratio)  # or decay alone would move p
         torch._foreach_add_(gradients, weights, alpha=decay)
         torch._foreach_mul_(gradients, list(ratio.unbind()))
 
@@ -582,11 +569,11 @@ def build_optimizer(model, options):
     """One LARS for two groups: what learns without labels, and the probe with its own rate."""
     learned = [*model.backbone.parameters(), *model.projector.parameters()]
     probe = model.probe.parameters()
-    # Not `weight_decay`, which SGD would add once more.
+    # The name is `decay`, as SGD would add a `weight_decay` itself.
     groups = [
         dict(params=learned, peak=options.lr, decay=options.weight_decay),
         dict(params=probe, peak=options.probe_lr, decay=0.0)]
-    return LARS(groups, momentum=options.momentum)
+    return LARS(groups, momentum=options.momentum)  # lr is set before every step
 
 
 def learning_rate(step, steps, warmup, peak, start=3e-5):
@@ -604,8 +591,9 @@ def set_learning_rates(optimizer, step, options):
 
 
 # ---- 5. Evaluation (Section 5) -------------------------------------------------------------------
-# What is a representation worth? The backbone is frozen, in eval mode, and sees plain images, and
-# simple classifiers learn from its features. The final weights count, not the best on the way.
+# What is a representation worth? The backbone, frozen and in eval mode, sees plain images; probes,
+# simple classifiers, learn from its features. (The online probe has learned along in training.) The
+# final weights count, not the best on the way.
 
 METRICS = ("online_top1", "linear_top1", "knn_top1")
 
@@ -698,7 +686,7 @@ def evaluate(model, data, options, autocast):
 
 def train(options, data):
     """Train, evaluate, and fill the folder --out. Returns the result, as in result.json."""
-    augmentation, reason = choose_augmentation(options)
+    strength, augmentation = choose_augmentation(options)
     mixture = Mixture(data, options.ratio, options.batch_size, options.seed)
     two_views = TwoViews(augmentation, options.image_size, data.mean, data.std, options.seed)
     network = build_model(options, data)
@@ -707,8 +695,8 @@ def train(options, data):
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
 
-    with Run(options, data, mixture, two_views, reason, state) as run:  # loads a checkpoint
-        model = accelerate(network, two_views, options)
+    with Run(options, data, mixture, two_views, strength, state) as run:  # loads a checkpoint
+        model = accelerate(network, two_views, options)  # the same weights
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
@@ -719,8 +707,8 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # Of many processes, each has the gradient of its own views. DistributedDataParallel
-            # takes their mean where their sum is meant, so times WORLD.
+            # Of several processes, each has the gradient of its own views, and their sum is the
+            # whole. DistributedDataParallel takes the mean instead: hence times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -729,11 +717,12 @@ def train(options, data):
 
 
 # ---- 7. Experiments ------------------------------------------------------------------------------
-# The claim in four cells with equal steps: does inflation help, and with which weight and views?
+# The claim in four cells with equal steps: strong and weak views without inflation, vanilla
+# inflation, and AdaInf. (To tell N from weaker views, vary --ratio and --aug one by one.)
 
 
 def cells_of(options):
-    """{name: options of its own} of the four cells."""
+    """{name: options of its own} of the four cells; a user's --crop-min and so on hold in all."""
     plain = dict(gen_data=None, gen_size=None, ratio=1)
     return {
         "none-strong": dict(plain, aug="strong"),
@@ -743,7 +732,7 @@ def cells_of(options):
 
 
 def compare(options, all_data):
-    """Train all cells for each of --seeds; a seed also chooses the images of --real-size.
+    """Train all cells for each of --seeds; a seed also chooses the subsets of images.
 
     Prints a table, writes comparison.json and .png, returns {row: {metric: spread}}."""
     folder = Path(options.out)
@@ -751,20 +740,20 @@ def compare(options, all_data):
     for seed in options.seeds:
         for name, own in cells_of(options).items():
             # A cell is a run like any other: its command line would be these options.
-            cell = argparse.Namespace(**vars(options) | own)
+            cell = argparse.Namespace(**(vars(options) | own))
             cell.compare = cell.demo = False
             cell.seed = seed
             cell.seeds = [seed]
             cell.out = str(folder / f"{name}-{seed}")
             cells.append((name, cell))
-    # What cannot run is refused before anything has run; of that, all seeds have the same.
-    for _, cell in cells[:len(cells_of(options))]:
+    # Before any run, let Mixture and choose_subsets refuse sizes, which are the same for all seeds.
+    for _, cell in cells[:4]:
         Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
 
     results = collections.defaultdict(list)  # {row: scores for each seed}
     for name, cell in cells:
         data = choose_subsets(all_data, cell)
-        if name == "none-strong":
+        if name == "none-strong":  # once a seed
             # Baselines without training, which every cell should beat.
             untrained = build_model(cell, data)
             autocast = choose_autocast(cell)
@@ -848,8 +837,8 @@ def errors_as(message, *kinds, status=2):
 
 # ---- Options -------------------------------------------------------------------------------------
 
-# --demo: a small network that meets a procedural data set, of which 20 images are real.
-DEMO = dict(dataset="fabrics", gen_data=["fabrics"], real_size=20, probe_all=True, image_size=16,
+# --demo: a small network, and a procedural data set of which 20 images play the real ones.
+DEMO = dict(dataset="fabrics", gen_data=["fabrics"], real_size=20, probe_size=5000, image_size=16,
             width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=800, warmup_steps=80,
             batch_size=20, lr=0.1, eval_every=0, log_every=200, compare=True, out="runs/demo")
 
@@ -873,16 +862,17 @@ def number(kind, low, high=10 ** 9):
 def build_parser():
     """Every knob, in the order of the method; the defaults are the paper's recipe for CIFAR-10."""
     parser = argparse.ArgumentParser(prog="adainf.py", description=__doc__.splitlines()[0])
-    parser.error = lambda message: parser.exit(2, f"adainf.py: {message}\n")  # one line, no usage
+    parser.error = lambda message: check(False, message)  # one line, no usage
     switch = argparse.BooleanOptionalAction
     count = number(int, 1)
     index = number(int, 0)
+    few = number(int, 2)
     units = number(int, 1, 65536)
     share = number(float, 0, 1)
     positive = number(float, 1e-9, 1e30)
     scale = number(float, 0, 1e30)
 
-    def add(name, default, kind, text, **more):
+    def add(name, default, kind, text, **more):  # to `group`, the latest one below
         key = name[2:].replace("-", "_")
         if key in STRONG:
             text += f" (default: strong {STRONG[key]}, weak {WEAK[key]})"
@@ -897,8 +887,8 @@ def build_parser():
     group = parser.add_argument_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/")
     add("--data-dir", "data", str, "folder for downloads")
-    add("--image-size", 32, number(int, 8, 64), "pixels n to which a folder's images are resized")
-    add("--real-size", None, count, "real images |D_d|, a class-balanced subset; default all")
+    add("--image-size", 32, number(int, 8, 64), "pixels n to which images of a folder are resized")
+    add("--real-size", None, few, "real images |D_d|, a class-balanced subset; default all")
 
     group = parser.add_argument_group("inflation")
     add("--gen-data", None, str, "generated images: npz files, `image` uint8 M x n x n x 3 RGB",
@@ -928,7 +918,7 @@ def build_parser():
 
     group = parser.add_argument_group("optimisation")
     add("--steps", 100_000, count, "training steps, however much data there is")
-    add("--batch-size", 512, number(int, 2), "images B a step, over all processes")
+    add("--batch-size", 512, few, "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
     add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
@@ -938,8 +928,8 @@ def build_parser():
 
     group = parser.add_argument_group("evaluation")
     add("--eval-every", None, index, "steps between evaluations; 0: only the last; default a fifth")
-    add("--probe-all", False, switch, "linear and kNN probes learn from all labelled training "
-        "images, not only from those of --real-size")
+    add("--probe-size", None, few, "labelled images that the linear and kNN probes learn from, a "
+        "class-balanced subset of all; default those of --real-size")
     add("--knn-k", 20, count, "neighbours that vote")
     add("--knn-temperature", 0.07, number(float, 1e-3), "a vote weighs exp(cosine / temperature)")
     add("--linear-epochs", 100, count, "epochs of the offline linear probe")
@@ -988,25 +978,15 @@ def parse_options(argv=None):
         eval_every=math.ceil(options.steps / 5),
         save_every=math.ceil(options.steps / 50),
         seeds=[options.seed],
+        probe_size=options.real_size,
         compile=options.device == "cuda",
         out=f"runs/{run}")
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
 
-    # Checks that involve several options.
-    check(options.warmup_steps <= options.steps, "--warmup-steps: more than --steps")
-    check(not options.jitter or options.jitter[3] <= 0.5, "--jitter: hue is more than 0.5 turns")
-    check(len(options.solarize_prob or []) <= 2, "--solarize-prob: more than one value a view")
-    check(options.data_device != "cuda" or options.device == "cuda",
-          "--data-device cuda: needs --device cuda")
-    check(options.batch_size % WORLD == 0,
-          f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally")
-    inflated = options.ratio == 0 or options.compare or options.gen_size
-    check(options.gen_data or not inflated, "--ratio 0, --compare and --gen-size: need --gen-data")
+    check_options(options)
     if options.eval_only:
-        check(not options.compare and not options.dry_run,
-              "--eval-only: evaluates one run; leave out --compare and --dry-run")
         options.gen_data = None  # which nothing is evaluated on
         options.gen_size = None
     if options.dry_run:
@@ -1016,6 +996,25 @@ def parse_options(argv=None):
         options.linear_epochs = 1
         options.out = tempfile.mkdtemp(prefix="adainf-dry-run-")
     return options
+
+
+def check_options(options):
+    """Refuse values that do not go together. Raises InputError."""
+    check(options.warmup_steps <= options.steps, "--warmup-steps: more than --steps")
+    check(not options.jitter or options.jitter[3] <= 0.5, "--jitter: hue is more than 0.5 turns")
+    check(len(options.solarize_prob or []) <= 2, "--solarize-prob: more than one value a view")
+    check(options.data_device != "cuda" or options.device == "cuda",
+          "--data-device cuda: needs --device cuda")
+    check(options.batch_size % WORLD == 0,
+          f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally")
+    inflates = options.ratio == 0 or options.compare or options.gen_size
+    check(options.gen_data or not inflates, "--ratio 0, --compare and --gen-size: need --gen-data")
+    check(not options.compare or options.aug == "auto", "--aug: --compare sets it for every cell")
+    check(options.compare or options.seeds == [options.seed], "--seeds: is for --compare; a single "
+          "run takes --seed")
+    check(len(set(options.seeds)) == len(options.seeds), "--seeds: one comes twice")
+    check(not options.eval_only or not (options.compare or options.dry_run),
+          "--eval-only: evaluates one run; leave out --compare and --dry-run")
 
 
 # ---- Reading images ------------------------------------------------------------------------------
@@ -1105,7 +1104,8 @@ def read_generated(path, size):
     with errors_as(f"--gen-data {path}: has no whole array `image`"):
         with zipfile.ZipFile(path) as archive, archive.open("image.npy") as member:
             images = np.lib.format.read_array(member, allow_pickle=False)
-            check(not member.read(), f"--gen-data {path}: has bytes after `image`")  # and its CRC
+            rest = member.read()  # to the end, where zipfile compares the checksum
+            check(not rest, f"--gen-data {path}: has bytes after `image`")
     ours = images.dtype == np.uint8 and images.shape[1:] == (size, size, 3) and len(images)
     check(ours, f"--gen-data {path}: has {images.dtype} {images.shape}, not uint8 M x {size} x "
           f"{size} x 3; `download_generated.py --from-npz` converts")
@@ -1113,23 +1113,15 @@ def read_generated(path, size):
 
 
 def choose_subsets(data, options):
-    """The Data of one run: --real-size, --gen-size, --probe-all; images wait where they fit."""
-    images = data.images
-    labels = data.labels
-    generated = data.generated
-    if options.real_size:
-        chosen = balanced_subset(labels.numpy(), options.real_size, options.seed)
-        images = images[chosen]
-        labels = labels[chosen]
-    if not options.gen_data:
-        generated = generated[:0]
+    """The Data of one run: --real-size, --gen-size, --probe-size; images wait where they fit."""
+    images, labels = balanced_subset(data, options.real_size, options.seed)
+    probe_images, probe_labels = balanced_subset(data, options.probe_size, options.seed)
+    generated = data.generated if options.gen_data else data.generated[:0]
     if options.gen_size:
         check(options.gen_size <= len(generated),
               f"--gen-size {options.gen_size}: --gen-data has only {len(generated)} images")
         order = np.random.default_rng(options.seed).permutation(len(generated))
         generated = generated[order[:options.gen_size]]
-    if not options.probe_all:
-        data = dataclasses.replace(data, probe_images=images, probe_labels=labels)
 
     # A batch is gathered fastest on the GPU; the network needs room there as well.
     place = options.data_device
@@ -1140,21 +1132,28 @@ def choose_subsets(data, options):
         data,
         images=images.to(place),
         labels=labels.to(place),
-        generated=generated.to(place))
+        generated=generated.to(place),
+        probe_images=probe_images,
+        probe_labels=probe_labels)
 
 
-def balanced_subset(labels, size, seed):
-    """Sorted indices of a random subset whose class sizes are as equal as possible."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    classes = labels.max() + 1
-    chosen = []
-    for label in range(classes):
-        share = size // classes + (label < size % classes)
+def balanced_subset(data, size, seed):
+    """(images, labels) of a random subset, with classes as equal as they can be; None takes all."""
+    total = len(data.labels)
+    if size is None:
+        return data.images, data.labels
+    check(size <= total,
+          f"--real-size, --probe-size: {size} is more than the {total} labelled images")
+    labels = data.labels.numpy()
+    order = np.random.default_rng(seed).permutation(total)
+    place = np.empty(total, int)  # of an image in the random order of its class
+    for label in range(len(data.classes)):
         of_class = order[labels[order] == label]
-        check(share <= len(of_class),
-              f"--real-size {size}: a class has only {len(of_class)} images")
-        chosen.append(of_class[:share])
-    return np.sort(np.concatenate(chosen))
+        place[of_class] = np.arange(len(of_class))
+    by_place = np.lexsort([labels, place])  # first one of every class, then a second one
+    chosen = by_place[:size]
+    chosen.sort()
+    return data.images[chosen], data.labels[chosen]
 
 
 # ---- Device, precision, processes ----------------------------------------------------------------
@@ -1191,8 +1190,8 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again. Old glibc
-        # refuses so large a first threshold, and the second one alone is slower than nothing.
+        # Keep freed memory, or every step must get its pages from the system again. Where glibc is
+        # old and refuses the first setting, leave the second one too: alone, it costs time.
         m_mmap_threshold = -3
         m_trim_threshold = -1
         libc = ctypes.CDLL("libc.so.6")
@@ -1202,12 +1201,14 @@ def tune_process():
 
 def accelerate(network, two_views, options):
     """Compile, where asked to; share the work, where there are several processes."""
+    if WORLD > 1 and options.device == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of whole batches
     if options.compile:
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is
         network.compile()  # in place, so that names in the state dict stay clean
-        two_views.pipeline = torch.compile(two_views.pipeline)
+        two_views.apply = torch.compile(two_views.apply)
     if WORLD > 1:
-        return nn.parallel.DistributedDataParallel(network)  # gradients: the mean over processes
+        network = nn.parallel.DistributedDataParallel(network)  # gradients: the mean over processes
     return network
 
 
@@ -1218,10 +1219,11 @@ def processes(device):
         yield
         return
     gpu = None
-    if device == "cuda":
-        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(gpu)
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    with errors_as(f"process {RANK} of {WORLD} cannot start; use torchrun, with one process a GPU"):
+        if device == "cuda":
+            gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the other processes
 
@@ -1235,15 +1237,16 @@ def share_of_process(count):
 def gather(views):
     """This process's views (first views first) -> those of all processes, in that order as well.
 
-    A gradient reaches the process's own views only. As each process has the loss of the whole
-    batch, the sum of their gradients is that of one process."""
+    The views of others are constants here, and get their gradient in their own process. As each
+    process has the loss of the whole batch, the sum over processes is the whole gradient."""
     if WORLD == 1:
         return views
     parts = [torch.empty_like(views) for _ in range(WORLD)]
     dist.all_gather(parts, views.detach())
     parts[RANK] = views
-    first, second = zip(*(part.chunk(2) for part in parts))
-    return torch.cat(first + second)
+    halves = [part.chunk(2) for part in parts]
+    first_views, second_views = zip(*halves)
+    return torch.cat(first_views + second_views)
 
 
 def over_processes(operation, x):
@@ -1272,10 +1275,12 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
+    # What may differ when a run goes on: no result depends on it, but by rounding. (Files of images
+    # may move, as their checksums are compared.)
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
-                  "save_every", "eval_every", "eval_only")  # without changing the result
+                  "save_every", "eval_every", "eval_only")
 
-    def __init__(self, options, data, mixture, two_views, reason, state):
+    def __init__(self, options, data, mixture, two_views, strength, state):
         self.options = options
         self.data = data
         self.state = state  # all that the next step depends on: model, optimizer, scaler
@@ -1283,7 +1288,7 @@ class Run:
         self.signal = 0
         self.facts = dict(
             beta=mixture.beta,
-            augmentation=reason,
+            augmentation=strength,
             n_real=len(data.images),
             n_generated=len(data.generated),
             seed=options.seed)
@@ -1291,7 +1296,7 @@ class Run:
         say(f"data      {len(data.images):,} real images of {len(data.classes)} classes, "
             f"{len(data.generated):,} generated\n"
             f"mixture   beta = {mixture.beta:.3f}: D_TV(P_t, P_d) = {gap:.3f} D_TV(P_g, P_d)\n"
-            f"views     {reason}: {two_views.augmentation}\n"
+            f"views     {strength}: {two_views.augmentation}\n"
             f"training  {options.steps:,} steps of {options.batch_size} images, an epoch has "
             f"{mixture.steps_per_epoch:,}; {WORLD} x {options.device}, AMP {options.amp}")
         self.two_views = two_views
@@ -1300,14 +1305,16 @@ class Run:
 
     def open_folder(self):
         """Lock the folder; refuse it if it was begun with other options or images."""
-        with (errors_as(f"--out {self.folder}: cannot be written", OSError),
-              errors_as(f"--out {self.folder}: another process trains there", BlockingIOError)):
+        with errors_as(f"--out {self.folder}: cannot be written", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: what was logged is there, whatever happens next.
             self.log_file = open(self.folder / "log.jsonl", "ab", buffering=0)
-            with contextlib.suppress(ImportError):  # without fcntl there is no lock
-                import fcntl
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The inner one refuses a lock that is taken (BlockingIOError). The outer one lets pass that
+        # there are no locks (on Windows, on some disks: any other OSError).
+        with (contextlib.suppress(ImportError, OSError),
+              errors_as(f"--out {self.folder}: another process trains there", BlockingIOError)):
+            import fcntl
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
         data = self.data
         pools = (data.images, data.labels, data.generated, data.probe_images, data.probe_labels,
@@ -1316,19 +1323,21 @@ class Run:
             options=vars(self.options),
             **self.facts,
             classes=data.classes,
-            checksums=[zlib.crc32(images.cpu().numpy()) for images in pools],
+            checksums=[zlib.crc32(pool.cpu().numpy()) for pool in pools],
             mean=data.mean.flatten().tolist(),
             std=data.std.flatten().tolist())
         if not (self.folder / "config.json").exists():
             return
-        new = compared(self.config)
-        old = compared(read_config(self.folder))
+        old = read_config(self.folder)
         # Without a checkpoint, a run may begin anew with any options.
         if (self.folder / "checkpoint.pt").exists():
-            for name in new:
-                check(new[name] == old.get(name), f"--out {self.folder}: was begun with {name} "
-                      f"{old.get(name)}, not {new[name]}; go on with the old value, or choose a "
-                      "new --out")
+            advice = "go on as it began, or choose a new --out"
+            for name, value in vars(self.options).items():
+                before = old["options"].get(name)
+                check(before == value or name in self.MAY_CHANGE, f"--out {self.folder}: was begun "
+                      f"with {flag(name)} {before}, not {value}; {advice}")
+            check(old["checksums"] == self.config["checksums"],
+                  f"--out {self.folder}: was begun with other images; {advice}")
 
     def __enter__(self):
         """Load the checkpoint, begin the log, listen to signals."""
@@ -1342,36 +1351,35 @@ class Run:
             self.write_log(self.lines)
         if self.first_step:
             say(f"continues {self.folder} after step {self.first_step:,}")
-        device = self.options.device
-        # Enough to know later what ran where.
-        self.log("start", self.first_step,
+        self.log("start", self.first_step,  # enough to know later what ran where
                  argv=sys.argv,
                  time=time.strftime("%Y-%m-%d %H:%M:%S"),
-                 device=torch.cuda.get_device_name() if device == "cuda" else device,
+                 machine=platform.platform(),
+                 gpu=torch.cuda.get_device_name() if self.options.device == "cuda" else None,
                  processes=WORLD,
                  torch=str(torch.__version__),
-                 torchvision=str(torchvision.__version__),
-                 python=sys.version,
                  script=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 
         if self.first_step == 0 and self.options.eval_every:
             self.log_evaluation(0)
         # torchrun and Slurm stop a run by SIGTERM, Slurm warns by SIGUSR1, which Windows lacks.
-        usual = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
-        self.handlers = {number: signal.signal(number, self.note_signal) for number in usual}
+        stopping = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+        self.old_handlers = {}
+        for number in stopping:
+            self.old_handlers[number] = signal.signal(number, self.note_signal)
         self.clock = (time.perf_counter(), self.first_step)
         return self
 
     def __exit__(self, error_type, *_):
-        for number, handler in self.handlers.items():
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
-        if self.signal and not error_type:  # it came after the last step
-            signal.raise_signal(self.signal)
+        if self.signal and not error_type:
+            signal.raise_signal(self.signal)  # too late for after_step(), but not for compare()
 
     def note_signal(self, number, _):
-        """Stop after this step or evaluation; a second signal stops at once."""
+        """Stop when after_step() comes to it; a second signal stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1468,9 +1476,8 @@ class Run:
             self.facts,
             steps=self.options.steps,
             loss=training[-1]["loss"],
-            images_per_second=statistics.median(speeds))
-        for metric in METRICS:
-            result[metric] = evaluations[-1][metric]
+            images_per_second=statistics.median(speeds),
+            **{metric: evaluations[-1][metric] for metric in METRICS})
         if RANK == 0:
             with whole_file(self.folder / "encoder.pt") as file:
                 torch.save(self.state["model"].backbone.state_dict(), file)
@@ -1478,14 +1485,6 @@ class Run:
             write_json(self.folder / "result.json", result)
         say(f"results   in {self.folder}")
         return result
-
-
-def compared(config):
-    """What a run must not change between one command and the next, from its config.json."""
-    values = {flag(name): value for name, value in config["options"].items()
-              if name not in Run.MAY_CHANGE}
-    values["images of checksums"] = config["checksums"]
-    return values
 
 
 @contextlib.contextmanager
@@ -1509,7 +1508,7 @@ def write_json(path, value):
 def read_config(folder):
     """The contents of config.json in a run's folder. Raises InputError."""
     with errors_as(f"{folder}: has no config.json of a run"):
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text())  # may hold anything
         return dict(config, options=dict(config["options"]), checksums=list(config["checksums"]))
 
 
@@ -1521,9 +1520,6 @@ def load_checkpoint(folder, state):
     if not path.exists():
         return 0, []
     with errors_as(f"{path}: is damaged, or not of this model; remove it, or choose a new --out"):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-            check(damaged is None, f"{path}: is damaged; remove it, or choose a new --out")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step = int(dict(checkpoint)["step"])  # a foreign file may hold anything
         for name, part in state.items():
@@ -1550,7 +1546,7 @@ def load_encoder(path):
 
 
 def draw_views(path, data, two_views):
-    """What the network sees: eight real and eight generated images, their two views below them."""
+    """What the network sees: up to eight real and eight generated images, two views below each."""
     rows = []
     for pool in (data.images, data.generated):
         stride = max(1, len(pool) // 8)
@@ -1603,7 +1599,7 @@ def draw_comparison(left, right, table):
 
 
 def evaluate_only(options, data):
-    """Print the scores of the checkpoint of the run --eval-only; writes nothing."""
+    """Print the scores of the checkpoint in the folder --eval-only; writes nothing."""
     model = build_model(options, data)
     step, _ = load_checkpoint(options.eval_only, {"model": model})
     check(step, f"--eval-only {options.eval_only}: has no checkpoint yet")
@@ -1621,14 +1617,16 @@ def run_command(options):
 
 
 def main(argv=None):
-    """Run a command line; returns the result (dict). Exits with 2 on bad input, 1 on failure."""
+    """Run a command line; returns the result (dict).
+
+    Exits with 2 on bad input, 1 on failure, and 128 + its number on a signal."""
     try:
         options = parse_options(argv)
         tune_process()
         with processes(options.device):
             return run_command(options)
     except InputError as error:
-        message = str(error)
+        message = " ".join(str(error).split())  # one line, whatever an option holds
         status = error.status
     except KeyboardInterrupt:
         message = "stopped by SIGINT outside of training; the same command continues"
@@ -1643,7 +1641,7 @@ def main(argv=None):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if full or "allocate memory" in message:
             message = f"out of memory ({message}); try --data-device cpu, or less in a new --out"
-        elif WORLD > 1 and any(word in message for word in ("onnection", "NCCL", "imed out")):
+        elif WORLD > 1 and any(word in message.lower() for word in ("connection", "nccl", "timed")):
             message = f"lost another process, see its message ({message})"
         else:
             raise
