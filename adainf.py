@@ -19,8 +19,8 @@ real image N = 10 times, and with inflation augment more weakly.
 
 It reads from top to bottom: 1 mixing, 2 views, 3 model and loss, 4 optimiser, 5 evaluation,
 6 training, 7 experiments. What follows is needed to operate a run, not to understand it: helpers
-such as check(), which raises an error if a condition fails, to_device(), which copies, and gather()
-and share_of_process(), which do something only if there are several processes.
+such as check(), which raises an error if a condition fails, to_device(), which moves a tensor, and
+gather() and share_of_process(), which do something only if there are several processes.
 
 Notation: B images in a batch, so 2B views; n pixels along a side; D features; M rows of whatever is
 treated at once. D_d, D_g: the real and the generated images; P_d, P_g: what they are drawn from."""
@@ -74,14 +74,14 @@ class Data:
     """What a run learns from and is tested on. Images: uint8, M x n x n x 3, RGB."""
 
     images: torch.Tensor  # the real training images D_d
-    labels: torch.Tensor  # their labels, int64, for the online probe; no other part learns them
+    labels: torch.Tensor  # their labels, int64: for probes only, never for what is probed
     generated: torch.Tensor  # D_g: without labels, whatever its file says
-    probe_images: torch.Tensor  # for the probes of section 5: D_d, or other labelled images
+    probe_images: torch.Tensor  # what the offline probes of section 5 learn from, by default D_d
     probe_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list  # their names
-    mean: torch.Tensor  # of the whole data set's colours, 0..1: 3 x 1 x 1, on the compute device
+    mean: torch.Tensor  # of all the training set's colours, 0..1: 3 x 1 x 1, on the compute device
     std: torch.Tensor
 
     @property
@@ -158,17 +158,17 @@ def take(pool, index):
 
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
-# Two images are connected if they can become the same view: by way of it, the loss pulls them
-# together. Classes are found if their images are well connected, and if views rarely change what an
-# image shows. (Theorem 4.1: the larger lambda_{D+1} of the Laplacian of this graph, for D features,
-# the better it is connected; alpha is the share of views that change the class.) Stronger views
-# help the first and harm the second. Inflation helps the first alone, by images in between; so with
-# it, weaker views are best.
+# Think of images as the nodes of a graph. An edge joins two that can become the same view: by way
+# of it, the loss pulls them together. Classes are found if the images of a class are well connected
+# (Theorem 4.1: if lambda_{D+1} is large, an eigenvalue of the graph's Laplacian, with D features),
+# and if views rarely change what an image shows (if alpha is small, the share of those that do).
+# Stronger views help the first and harm the second. Inflation helps the first alone, by images in
+# between; so with it, weaker views are best.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
     jitter_prob=0.8,
-    jitter=(0.8, 0.8, 0.8, 0.2),  # brightness, contrast, saturation: 1 +- this; hue: turns
+    jitter=(0.8, 0.8, 0.8, 0.2),  # brightness, contrast, saturation: 1 +- this; hue: +- turns
     gray_prob=0.2,
     blur_prob=0.5,
     solarize_prob=(0.0, 0.0),  # in the first and in the second view
@@ -206,8 +206,8 @@ def choose_augmentation(options):
 #
 # One by one on a CPU, that is slower than the network. But crop, resize, flip and blur act on rows
 # and on columns, each by an n x n matrix: rows @ image @ columns^T. So a whole batch takes a few
-# batched products, and still every view has its own random numbers. (What follows a crop treats
-# left and right alike, so the flip may come first, as a part of the crop's matrix.)
+# batched products, and still every view has its own random numbers. (All that follows a crop treats
+# left and right alike, so the flip may come right after it, as a part of its matrix.)
 
 
 def crop_matrices(n):
@@ -216,8 +216,8 @@ def crop_matrices(n):
     Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop, 0 if there is none."""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
-        # The columns of a matrix are what it makes of unit vectors: so take an identity matrix, and
-        # resize its columns from length to n pixels (its height, but not its width).
+        # The columns of a matrix are what it makes of unit vectors: so take the columns of an
+        # identity matrix, and resize each from length to n pixels. That gives an n x length matrix.
         unit_vectors = torch.eye(length)[None, None]
         resize = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
         for start in range(n - length + 1):
@@ -228,29 +228,31 @@ def crop_matrices(n):
 def blur_matrices(sigma, n):
     """Gaussian blur of n pixels as Pillow does it, by three box filters: M sigmas -> M x n x n.
 
-    The weights of a box are part, 1 ... 1, part, with `radius` ones on either side of the middle
-    (Gwosdek et al. 2011, "extended box filter"). Variances add: each box has a third of sigma^2."""
+    The weights of a box are end, 1 ... 1, end, with `radius` ones on either side of the middle: for
+    example 0.3 1 1 1 0.3 (Gwosdek et al. 2011, "extended box filter"). Variances add, so each box
+    has a third of sigma^2."""
     wanted = sigma.double()[:, None] ** 2 / 3  # variance; double, as a matrix is cubed below
-    # A box without part has the variance radius (radius + 1) / 3; take the widest up to `wanted`.
+    # With end = 0 the variance is radius (radius + 1) / 3: take the largest radius up to `wanted`.
     radius = (((12 * wanted + 1).sqrt() - 1) / 2).floor()
     ones = 2 * radius + 1
-    squares = radius * (radius + 1) * ones / 3  # the sum of their squared distances to the middle
-    # wanted = (squares + 2 part (radius + 1)^2) / (ones + 2 part), solved for part:
-    part = (wanted * ones - squares) / (2 * ((radius + 1) ** 2 - wanted))
+    squares = radius * (radius + 1) * ones / 3  # of the ones' distances to the middle, added up
+    # wanted = (squares + 2 end (radius + 1)^2) / (ones + 2 end), solved for end:
+    end = (wanted * ones - squares) / (2 * ((radius + 1) ** 2 - wanted))
 
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
-    weight = (radius + part + 1 - offset.abs()).clamp(0, 1)  # 1, at radius + 1 part, beyond it 0
-    pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)  # beyond an edge, its last one
-    # box[m, i, j]: the sum of the weights k of blur m which in output i fall on pixel j.
+    weight = (radius + end + 1 - offset.abs()).clamp(0, 1)  # 1, at radius + 1 end, beyond it 0
+    # Row i of a box: how output i is mixed from the pixels at i + offset. Offsets beyond an edge
+    # all fall on its last pixel, and their weights add up.
+    pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
     falls_on = F.one_hot(pixel, n).double()
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
     box = box / box.sum(-1, keepdim=True)
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n (rows, channels, columns). With rows first and columns
-# last, neither product needs a transposed copy.
+# In what follows images are M x n x 3 x n (rows, channels, columns): so `rows` acts on n x 3n
+# matrices and `columns` on 3n x n ones, and nothing has to be transposed in between.
 
 
 def transform(rows, x, columns):
@@ -265,10 +267,10 @@ def grayscale(x):
 
 
 def blend(x, kind, factor):
-    """target + factor (x - target), one for each image: 1 gives x, 0 its target, 2 exaggerates.
+    """target + factor (x - target): a factor of 1 gives x, 0 the target, and 2 exaggerates.
 
-    kind: M integers. 0 is brightness, whose target is black; 1 contrast: the mean grey of the
-    image; 2 saturation: the grey image."""
+    factor: M numbers; kind: M integers. 0 is brightness, whose target is black; 1 contrast: the
+    mean grey of the image; 2 saturation: the grey image."""
     kind = kind.view(-1, 1, 1, 1)
     factor = factor.view(-1, 1, 1, 1)
     gray = grayscale(x)
@@ -300,7 +302,7 @@ def shift_hue(x, turns):
     channels = []
     for corner in (0, 2, 4):
         # The shorter way around a circle of 6. A channel is highest up to a distance of 1 from its
-        # corner, and lowest from 2 on.
+        # corner (at hue 1, yellow, red and green are) and lowest from 2 on (blue is).
         distance = ((hue - corner + 3) % 6 - 3).abs()
         channels.append(value - chroma * (distance - 1).clamp(0, 1))
     return torch.stack(channels, dim=2)
@@ -372,10 +374,11 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # They and hue come in the order of random times.
-        time, kind = uniform(3).sort(-1)  # kind: the three in the order of their times
-        factor = factor.gather(-1, kind)  # from the order 0, 1, 2 to that one
-        time_of_hue = uniform()
+        # They and the hue get random times. Sorting those of the blends makes a random order (kind:
+        # which is first, second, third), which the hue's time cuts in two.
+        time, kind = uniform(3).sort(-1)
+        factor = factor.gather(-1, kind)  # so that each factor goes with its kind
+        before_hue = time < uniform()
 
         blur = 1 + (uniform() * self.BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -385,7 +388,7 @@ class TwoViews:
             flip=uniform() < recipe["flip_prob"],
             kind=kind,
             factor=factor,
-            before_hue=time < time_of_hue,
+            before_hue=before_hue,
             hue=turns,
             gray=uniform() < recipe["gray_prob"],
             blur=torch.where(uniform() < recipe["blur_prob"], blur, 0),
@@ -450,10 +453,10 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Sequential):
     """torchvision's resnet18 for small images: its stem is a 3 x 3 convolution without pooling.
 
-    Normalised M x 3 x n x n -> features M x D. blocks: how many in each stage; each but the first
-    doubles the channels and halves the image. stem_padding: zeros around the image; 1 keeps its
-    size, and the official code has 2. nn.Sequential runs layers in the order in which they
-    are set here; the names of those with weights are torchvision's."""
+    Normalised M x 3 x n x n -> features M x D. blocks: how many in each stage; every stage but the
+    first doubles the channels and halves the image. stem_padding: zeros around the image; 1 keeps
+    its size, and the official code has 2. nn.Sequential runs layers in the order in which they are
+    set here; the names of those with weights are torchvision's."""
 
     def __init__(self, width=64, blocks=(2, 2, 2, 2), stem_padding=1):
         super().__init__()
@@ -529,17 +532,17 @@ def probe_cross_entropy(logits, labels, n_real):
 
 
 # ---- 4. Optimiser (Section 5) --------------------------------------------------------------------
-# Large batches need a large learning rate, with which some layers would move too far. If a gradient
-# times the rate is longer than eta times the norm of its weight tensor, LARS shortens it.
+# Large batches need a large learning rate, with which some layers would move too far. LARS shortens
+# a gradient that would move a weight tensor by more than eta times its norm.
 
 
 class LARS(torch.optim.SGD):
     """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
 
     p: a tensor, g: its gradient, wd: its decay. With two or more axes, d = r (g + wd p), where
-    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps the step lr * d from being longer than
-    eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g. Then as in SGD,
-    b = momentum * b + d and p = p - lr * b."""
+    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps lr * d, the step without momentum, from
+    being longer than eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g.
+    Then as in SGD, b = momentum * b + d and p = p - lr * b."""
 
     ETA = 0.02
     EPS = 1e-8
@@ -560,7 +563,7 @@ class LARS(torch.optim.SGD):
         ratio = self.ETA * p_norm / (g_norm + decay * p_norm + self.EPS) / lr
         ratio = ratio.clamp(max=1)
         ratio = torch.where(p_norm == 0, 1.0, ratio)
-        ratio = torch.where(g_norm == 0, 0.0, ratio)  # or decay alone would move p
+        ratio = torch.where(g_norm == 0, 0.0, ratio)  # so d = g: decay alone moves nothing
         torch._foreach_add_(gradients, weights, alpha=decay)
         torch._foreach_mul_(gradients, list(ratio.unbind()))
 
@@ -654,8 +657,8 @@ def linear_top1(train, train_labels, test, test_labels, epochs, lr, seed, batch_
         order = torch.from_numpy(stream.permutation(len(train)))
         batches = order.to(train.device).split(batch_size)
         for batch, rows in enumerate(batches):
-            progress = epoch + batch / len(batches)
-            optimizer.param_groups[0]["lr"] = learning_rate(progress, epochs, 0, lr)  # in epochs
+            progress = epoch + batch / len(batches)  # in epochs
+            optimizer.param_groups[0]["lr"] = learning_rate(progress, epochs, 0, lr)
             optimizer.zero_grad()
             F.cross_entropy(probe(train[rows]), train_labels[rows]).backward()
             optimizer.step()
@@ -695,8 +698,8 @@ def train(options, data):
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
 
-    with Run(options, data, mixture, two_views, strength, state) as run:  # loads a checkpoint
-        model = accelerate(network, two_views, options)  # the same weights
+    with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
+        model = accelerate(network, two_views, options)  # wraps network: the same weights
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
@@ -707,8 +710,9 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # Of several processes, each has the gradient of its own views, and their sum is the
-            # whole. DistributedDataParallel takes the mean instead: hence times WORLD.
+            # With several processes, gather() takes the views of others as constants, so that each
+            # has a part of the gradient. DistributedDataParallel takes the mean of the parts where
+            # their sum is meant: hence times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -746,8 +750,8 @@ def compare(options, all_data):
             cell.seeds = [seed]
             cell.out = str(folder / f"{name}-{seed}")
             cells.append((name, cell))
-    # Before any run, let Mixture and choose_subsets refuse sizes, which are the same for all seeds.
-    for _, cell in cells[:4]:
+    # Before any run, let Mixture and choose_subsets refuse bad sizes; those of one seed are enough.
+    for _, cell in cells[:len(cells_of(options))]:
         Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
 
     results = collections.defaultdict(list)  # {row: scores for each seed}
@@ -839,7 +843,7 @@ def errors_as(message, *kinds, status=2):
 
 # --demo: a small network, and a procedural data set of which 20 images play the real ones.
 DEMO = dict(dataset="fabrics", gen_data=["fabrics"], real_size=20, probe_size=5000, image_size=16,
-            width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=800, warmup_steps=80,
+            width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=1800, warmup_steps=180,
             batch_size=20, lr=0.1, eval_every=0, log_every=200, compare=True, out="runs/demo")
 
 
@@ -872,31 +876,36 @@ def build_parser():
     positive = number(float, 1e-9, 1e30)
     scale = number(float, 0, 1e30)
 
-    def add(name, default, kind, text, **more):  # to `group`, the latest one below
-        key = name[2:].replace("-", "_")
-        if key in STRONG:
-            text += f" (default: strong {STRONG[key]}, weak {WEAK[key]})"
-        elif default is not None and default is not False:
-            text += " (default: %(default)s)"
-        if kind is switch:
-            more["action"] = switch
-        elif "choices" not in more:
-            more.update(type=kind, metavar=kind.__name__.upper())
-        group.add_argument(name, default=default, help=text, **more)
+    def begin_group(title):
+        group = parser.add_argument_group(title)
 
-    group = parser.add_argument_group("data")
+        def add(name, default, kind, text, **more):
+            key = name[2:].replace("-", "_")
+            if key in STRONG:
+                text += f" (default: strong {STRONG[key]}, weak {WEAK[key]})"
+            elif default is not None and default is not False:
+                text += " (default: %(default)s)"
+            if kind is switch:
+                more["action"] = switch
+            elif "choices" not in more:
+                more.update(type=kind, metavar=kind.__name__.upper())
+            group.add_argument(name, default=default, help=text, **more)
+
+        return add
+
+    add = begin_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/")
     add("--data-dir", "data", str, "folder for downloads")
     add("--image-size", 32, number(int, 8, 64), "pixels n to which images of a folder are resized")
     add("--real-size", None, few, "real images |D_d|, a class-balanced subset; default all")
 
-    group = parser.add_argument_group("inflation")
+    add = begin_group("inflation")
     add("--gen-data", None, str, "generated images: npz files, `image` uint8 M x n x n x 3 RGB",
         nargs="+")
     add("--gen-size", None, count, "generated images |D_g|, a random subset; default all")
     add("--ratio", 10, index, "weight N of a real image against a generated one; 0: no real images")
 
-    group = parser.add_argument_group("augmentation (single values override those of --aug)")
+    add = begin_group("augmentation (single values override those of --aug)")
     add("--aug", "auto", str, "auto: weak with generated data, else strong",
         choices=["auto", *RECIPES])
     add("--crop-min", None, number(float, 1e-3, 1), "smallest crop, as a share of the area")
@@ -907,7 +916,7 @@ def build_parser():
     add("--solarize-prob", None, share, "probability of solarize: one, or one a view", nargs="+")
     add("--flip-prob", None, share, "probability of a horizontal flip")
 
-    group = parser.add_argument_group("model")
+    add = begin_group("model")
     # Below 8 channels PyTorch's gradients are wrong on CPUs without AVX-512 (oneDNN issue 6035).
     add("--width", 64, number(int, 8, 1024), "channels of the ResNet's first stage")
     add("--blocks", [2, 2, 2, 2], number(int, 1, 64), "blocks of each stage", nargs="+")
@@ -916,7 +925,7 @@ def build_parser():
     add("--proj-dim", 256, units, "outputs of the projector")
     add("--temperature", 0.2, number(float, 1e-3), "temperature of NT-Xent")
 
-    group = parser.add_argument_group("optimisation")
+    add = begin_group("optimisation")
     add("--steps", 100_000, count, "training steps, however much data there is")
     add("--batch-size", 512, few, "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
@@ -926,7 +935,7 @@ def build_parser():
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
     add("--seed", 0, index, "decides every random draw")
 
-    group = parser.add_argument_group("evaluation")
+    add = begin_group("evaluation")
     add("--eval-every", None, index, "steps between evaluations; 0: only the last; default a fifth")
     add("--probe-size", None, few, "labelled images that the linear and kNN probes learn from, a "
         "class-balanced subset of all; default those of --real-size")
@@ -936,12 +945,12 @@ def build_parser():
     add("--linear-lr", 0.1, positive, "peak learning rate of the offline linear probe")
     add("--eval-only", None, str, "evaluate the checkpoint of the run in this folder")
 
-    group = parser.add_argument_group("experiments")
+    add = begin_group("experiments")
     add("--compare", False, switch, "no inflation (strong, weak), vanilla and AdaInf side by side")
     add("--seeds", None, index, "seeds of --compare; default --seed", nargs="+")
     add("--demo", False, switch, "--compare on fabrics, in minutes on a CPU")
 
-    group = parser.add_argument_group("system")
+    add = begin_group("system")
     add("--out", None, str, "folder of the run, continued by the same command; default in runs/")
     add("--device", "auto", str, "where to compute", choices=["auto", "cuda", "mps", "cpu"])
     add("--data-device", "auto", str, "where images wait; auto: on the device, if half of its free "
@@ -987,7 +996,7 @@ def parse_options(argv=None):
 
     check_options(options)
     if options.eval_only:
-        options.gen_data = None  # which nothing is evaluated on
+        options.gen_data = None  # not needed, and perhaps no longer there
         options.gen_size = None
     if options.dry_run:
         options.dry_run = False  # from here on it is a run like any other
@@ -1150,9 +1159,8 @@ def balanced_subset(data, size, seed):
     for label in range(len(data.classes)):
         of_class = order[labels[order] == label]
         place[of_class] = np.arange(len(of_class))
-    by_place = np.lexsort([labels, place])  # first one of every class, then a second one
-    chosen = by_place[:size]
-    chosen.sort()
+    by_place = np.argsort(place * len(data.classes) + labels)  # one of each class, another one, ...
+    chosen = np.sort(by_place[:size])
     return data.images[chosen], data.labels[chosen]
 
 
@@ -1235,7 +1243,7 @@ def share_of_process(count):
 
 
 def gather(views):
-    """This process's views (first views first) -> those of all processes, in that order as well.
+    """Rows for this process's views (first views first) -> for those of all, in that order as well.
 
     The views of others are constants here, and get their gradient in their own process. As each
     process has the loss of the whole batch, the sum over processes is the whole gradient."""
@@ -1257,7 +1265,7 @@ def over_processes(operation, x):
 
 
 def to_device(x, device):
-    """Copy a tensor; to a GPU without waiting, so that it computes meanwhile."""
+    """Move a tensor; to a GPU without waiting, so that it computes meanwhile."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -1309,12 +1317,13 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: what was logged is there, whatever happens next.
             self.log_file = open(self.folder / "log.jsonl", "ab", buffering=0)
-        # The inner one refuses a lock that is taken (BlockingIOError). The outer one lets pass that
-        # there are no locks (on Windows, on some disks: any other OSError).
-        with (contextlib.suppress(ImportError, OSError),
-              errors_as(f"--out {self.folder}: another process trains there", BlockingIOError)):
+        try:
             import fcntl
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {self.folder}: another process trains there") from None
+        except (ImportError, OSError):
+            pass  # on Windows, and on some disks, there are no locks
 
         data = self.data
         pools = (data.images, data.labels, data.generated, data.probe_images, data.probe_labels,
@@ -1376,7 +1385,7 @@ class Run:
         if RANK == 0:
             self.log_file.close()
         if self.signal and not error_type:
-            signal.raise_signal(self.signal)  # too late for after_step(), but not for compare()
+            signal.raise_signal(self.signal)  # it came after the last step: end the program now
 
     def note_signal(self, number, _):
         """Stop when after_step() comes to it; a second signal stops at once."""
@@ -1401,7 +1410,7 @@ class Run:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {step:,}, which is saved; the same command goes on")
             raise SystemExit(128 + stop)
-        first = step == self.first_step + 1  # compiles, so the clock starts after it
+        first = step == self.first_step + 1  # this one compiles
         if first or log or save:
             self.clock = (time.perf_counter(), step)
 
