@@ -46,8 +46,8 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Threads that wait shall sleep: if they spin, every other program on the cores delays them.
-    # OpenMP reads this when torch is loaded, so it is set before the import.
+    # Threads that wait for others shall sleep. If they spin while another program runs as well,
+    # they take the cores from those for which they wait. OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -63,7 +63,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- 1. Mix real and generated images (Section 3) ------------------------------------------------
 # Inflation draws images from P_t = beta P_d + (1 - beta) P_g, a mixture of real and generated ones.
-# As P_t - P_d = (1 - beta) (P_g - P_d), it has a share 1 - beta of the generator's error, in total
+# As P_t - P_d = (1 - beta) (P_g - P_d), P_t has 1 - beta times the generator's error, in total
 # variation: D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d) (Theorem 3.1). Counting each real image N
 # times raises beta: with 50,000 real images and 1,000,000 generated ones, beta is 0.05 for N = 1,
 # and 0.33 for N = 10. The generated ones still bring their diversity.
@@ -74,7 +74,7 @@ class Data:
     """What a run learns from and is tested on. Images: uint8, M x n x n x 3, RGB."""
 
     images: torch.Tensor  # the real training images D_d
-    labels: torch.Tensor  # their labels, int64: for probes only, never for what is probed
+    labels: torch.Tensor  # their labels, int64: backbone and projector never see them
     generated: torch.Tensor  # D_g: without labels, whatever its file says
     probe_images: torch.Tensor  # what the offline probes of section 5 learn from, by default D_d
     probe_labels: torch.Tensor
@@ -115,7 +115,8 @@ class Mixture:
         self.size = self.n_copied + len(data.generated)
         self.beta = self.n_copied / self.size
         self.steps_per_epoch = self.size // batch_size
-        self.epoch = None  # whose order is in self.order
+        self.order = None  # of the samples in self.epoch
+        self.epoch = None
         check(batch_size <= self.size,
               f"--batch-size {batch_size}: too large, as an epoch has {self.size} samples")
 
@@ -139,7 +140,7 @@ class Mixture:
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
 
-        # Without a loop: each sample takes an image of both pools, and `where` keeps the right one.
+        # Without a loop: each sample takes an image from each pool; `where` keeps the right one.
         data = self.data
         is_real = to_device(samples < self.n_copied, data.images.device)
         index = samples % len(data.images)
@@ -159,11 +160,12 @@ def take(pool, index):
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
 # Think of images as the nodes of a graph. An edge joins two that can become the same view: by way
-# of it, the loss pulls them together. Classes are found if the images of a class are well connected
-# (Theorem 4.1: if lambda_{D+1} is large, an eigenvalue of the graph's Laplacian, with D features),
-# and if views rarely change what an image shows (if alpha is small, the share of those that do).
-# Stronger views help the first and harm the second. Inflation helps the first alone, by images in
-# between; so with it, weaker views are best.
+# of it, the loss pulls them together. Classes are found if two things hold (Theorem 4.1). Images
+# are well connected: lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's Laplacian, is
+# large, so that the graph does not nearly fall into D + 1 parts, more than D features can tell. And
+# views rarely change what an image shows: alpha, the share of views that do, is small. Stronger
+# views help the first and harm the second. Inflation helps the first alone, by images in between;
+# so with it, weaker views are best.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -213,7 +215,8 @@ def choose_augmentation(options):
 def crop_matrices(n):
     """Matrices that crop n pixels of an axis and resize the crop to n, as Pillow's bicubic does.
 
-    Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop, 0 if there is none."""
+    Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop. (Where it would pass
+    the edge, that is 0.)"""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
         # The columns of a matrix are what it makes of unit vectors: so take the columns of an
@@ -228,22 +231,23 @@ def crop_matrices(n):
 def blur_matrices(sigma, n):
     """Gaussian blur of n pixels as Pillow does it, by three box filters: M sigmas -> M x n x n.
 
-    The weights of a box are end, 1 ... 1, end, with `radius` ones on either side of the middle: for
-    example 0.3 1 1 1 0.3 (Gwosdek et al. 2011, "extended box filter"). Variances add, so each box
-    has a third of sigma^2."""
+    The weights of a box are edge, 1 ... 1, edge, with `radius` ones on either side of the middle:
+    for example 0.3 1 1 1 0.3 (Gwosdek et al. 2011, "extended box filter"). Variances add, so each
+    box has a third of sigma^2."""
     wanted = sigma.double()[:, None] ** 2 / 3  # variance; double, as a matrix is cubed below
-    # With end = 0 the variance is radius (radius + 1) / 3: take the largest radius up to `wanted`.
+    # If edge is 0, the variance is radius (radius + 1) / 3. The largest radius for which that is at
+    # most `wanted`:
     radius = (((12 * wanted + 1).sqrt() - 1) / 2).floor()
     ones = 2 * radius + 1
-    squares = radius * (radius + 1) * ones / 3  # of the ones' distances to the middle, added up
-    # wanted = (squares + 2 end (radius + 1)^2) / (ones + 2 end), solved for end:
-    end = (wanted * ones - squares) / (2 * ((radius + 1) ** 2 - wanted))
+    sum_of_squares = radius * (radius + 1) * ones / 3  # of the positions that weigh 1
+    # wanted = (sum_of_squares + 2 edge (radius + 1)^2) / (ones + 2 edge), solved for edge:
+    edge = (wanted * ones - sum_of_squares) / (2 * ((radius + 1) ** 2 - wanted))
 
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
-    weight = (radius + end + 1 - offset.abs()).clamp(0, 1)  # 1, at radius + 1 end, beyond it 0
-    # Row i of a box: how output i is mixed from the pixels at i + offset. Offsets beyond an edge
-    # all fall on its last pixel, and their weights add up.
+    weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
+    # box[m, i, j]: in blur m, how much of pixel j is in output i. The pixels are those at i +
+    # offset[k]; beyond the image, offsets fall on its last pixel, and their weights add up.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
     falls_on = F.one_hot(pixel, n).double()
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
@@ -251,8 +255,8 @@ def blur_matrices(sigma, n):
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n (rows, channels, columns): so `rows` acts on n x 3n
-# matrices and `columns` on 3n x n ones, and nothing has to be transposed in between.
+# In what follows images are M x n x 3 x n (rows, channels, columns). So both products are plain:
+# that of `rows` and an n x 3n matrix, and that of its result, as a 3n x n matrix, and `columns`.
 
 
 def transform(rows, x, columns):
@@ -301,19 +305,18 @@ def shift_hue(x, turns):
 
     channels = []
     for corner in (0, 2, 4):
-        # The shorter way around a circle of 6. A channel is highest up to a distance of 1 from its
-        # corner (at hue 1, yellow, red and green are) and lowest from 2 on (blue is).
-        distance = ((hue - corner + 3) % 6 - 3).abs()
+        distance = ((hue - corner + 3) % 6 - 3).abs()  # the shorter way around a circle of 6
+        # At a distance of up to 1 a channel is highest, then it falls, and from 2 on it is lowest.
         channels.append(value - chroma * (distance - 1).clamp(0, 1))
     return torch.stack(channels, dim=2)
 
 
-def random_boxes(area, aspect, corner, crop_min, n):
+def random_boxes(u_area, u_aspect, u_corner, crop_min, n):
     """RandomResizedCrop's boxes: the first of ten random ones that fits, else the whole image.
 
-    Uniform random numbers area, aspect (... x 10), corner (... x 2) -> start, length (... x 2)."""
-    area = n * n * (crop_min + (1 - crop_min) * area)
-    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))  # width / height: 3/4 to 4/3
+    Random numbers u_area, u_aspect (... x 10), u_corner (... x 2) -> start, length (... x 2)."""
+    area = n * n * (crop_min + (1 - crop_min) * u_area)
+    aspect = torch.exp((2 * u_aspect - 1) * math.log(4 / 3))  # width / height: 3/4 to 4/3
     size = torch.stack([area / aspect, area * aspect], dim=-1)  # height^2, width^2: ... x 10 x 2
     size = size.sqrt().round()
 
@@ -321,7 +324,7 @@ def random_boxes(area, aspect, corner, crop_min, n):
     first = fits.int().argmax(-2, keepdim=True)  # the first maximum, so the first that fits
     length = size.take_along_dim(first, dim=-2).squeeze(-2)
     length = torch.where(fits.any(-2), length, n)
-    start = (corner * (n - length + 1)).floor()
+    start = (u_corner * (n - length + 1)).floor()
     return start.long(), length.long()
 
 
@@ -366,7 +369,7 @@ class TwoViews:
         crop_min = recipe["crop_min"]
         start, length = random_boxes(uniform(10), uniform(10), uniform(2), crop_min, self.n)
 
-        # Colour jitter. Brightness, contrast and saturation are blends, of kind 0, 1, 2.
+        # Colour jitter: brightness, contrast and saturation (blends of kind 0, 1, 2), and hue.
         jittered = uniform() < recipe["jitter_prob"]
         *strengths, max_turns = recipe["jitter"]
         strength = torch.tensor(strengths)
@@ -374,11 +377,11 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # They and the hue get random times. Sorting those of the blends makes a random order (kind:
-        # which is first, second, third), which the hue's time cuts in two.
+        # Their order: each of the four gets a random time. Those of the blends are sorted, and the
+        # indices that sorting returns are the kinds in this order.
         time, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # so that each factor goes with its kind
-        before_hue = time < uniform()
+        hue_time = uniform()
 
         blur = 1 + (uniform() * self.BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -388,7 +391,7 @@ class TwoViews:
             flip=uniform() < recipe["flip_prob"],
             kind=kind,
             factor=factor,
-            before_hue=before_hue,
+            before_hue=time < hue_time,
             hue=turns,
             gray=uniform() < recipe["gray_prob"],
             blur=torch.where(uniform() < recipe["blur_prob"], blur, 0),
@@ -539,10 +542,10 @@ def probe_cross_entropy(logits, labels, n_real):
 class LARS(torch.optim.SGD):
     """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
 
-    p: a tensor, g: its gradient, wd: its decay. With two or more axes, d = r (g + wd p), where
+    SGD gets d in place of the gradient g of a tensor p: b = momentum * b + d and p = p - lr * b. If
+    p has two or more axes, d = r (g + wd p), with weight decay wd. The ratio
     r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps lr * d, the step without momentum, from
-    being longer than eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g.
-    Then as in SGD, b = momentum * b + d and p = p - lr * b."""
+    being longer than eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g."""
 
     ETA = 0.02
     EPS = 1e-8
@@ -563,7 +566,7 @@ class LARS(torch.optim.SGD):
         ratio = self.ETA * p_norm / (g_norm + decay * p_norm + self.EPS) / lr
         ratio = ratio.clamp(max=1)
         ratio = torch.where(p_norm == 0, 1.0, ratio)
-        ratio = torch.where(g_norm == 0, 0.0, ratio)  # so d = g: decay alone moves nothing
+        ratio = torch.where(g_norm == 0, 0.0, ratio)  # d = g = 0: no decay either, by convention
         torch._foreach_add_(gradients, weights, alpha=decay)
         torch._foreach_mul_(gradients, list(ratio.unbind()))
 
@@ -710,9 +713,9 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # With several processes, gather() takes the views of others as constants, so that each
-            # has a part of the gradient. DistributedDataParallel takes the mean of the parts where
-            # their sum is meant: hence times WORLD.
+            # With several processes, each has the whole loss, but in gather() the views of others
+            # are constants: it gets the gradient by way of its own views. DistributedDataParallel
+            # takes the mean of these parts where their sum is meant: hence times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -722,7 +725,7 @@ def train(options, data):
 
 # ---- 7. Experiments ------------------------------------------------------------------------------
 # The claim in four cells with equal steps: strong and weak views without inflation, vanilla
-# inflation, and AdaInf. (To tell N from weaker views, vary --ratio and --aug one by one.)
+# inflation, and AdaInf. (To separate N from weaker views, do single runs with --ratio and --aug.)
 
 
 def cells_of(options):
@@ -791,7 +794,7 @@ def probe_pixels(data, options):
 
 def spread(values):
     """Mean and standard deviation of a list of numbers, and the numbers themselves."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    std = statistics.stdev(values) if len(values) > 1 else None
     return dict(mean=statistics.mean(values), std=std, values=values)
 
 
@@ -800,8 +803,12 @@ def print_table(table):
     for name, row in table.items():
         line = f"{name:24}"
         for metric in METRICS:
-            cell = row.get(metric)
-            line += f"{cell['mean']:9.2f} +- {cell['std']:5.2f}" if cell else " " * 18
+            text = ""
+            if metric in row:
+                text = f"{row[metric]['mean']:9.2f}"
+                if row[metric]["std"] is not None:
+                    text += f" +- {row[metric]['std']:5.2f}"
+            line += f"{text:18}"
         say(line)
 
 
@@ -859,7 +866,7 @@ def number(kind, low, high=10 ** 9):
             raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
         return value
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = kind.__name__  # which argparse shows to users
     return convert
 
 
@@ -869,7 +876,7 @@ def build_parser():
     parser.error = lambda message: check(False, message)  # one line, no usage
     switch = argparse.BooleanOptionalAction
     count = number(int, 1)
-    index = number(int, 0)
+    whole = number(int, 0)
     few = number(int, 2)
     units = number(int, 1, 65536)
     share = number(float, 0, 1)
@@ -896,14 +903,14 @@ def build_parser():
     add = begin_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/")
     add("--data-dir", "data", str, "folder for downloads")
-    add("--image-size", 32, number(int, 8, 64), "pixels n to which images of a folder are resized")
+    add("--image-size", 32, number(int, 8, 64), "pixels n of a folder's images, which are resized")
     add("--real-size", None, few, "real images |D_d|, a class-balanced subset; default all")
 
     add = begin_group("inflation")
     add("--gen-data", None, str, "generated images: npz files, `image` uint8 M x n x n x 3 RGB",
         nargs="+")
     add("--gen-size", None, count, "generated images |D_g|, a random subset; default all")
-    add("--ratio", 10, index, "weight N of a real image against a generated one; 0: no real images")
+    add("--ratio", 10, whole, "weight N of a real image against a generated one; 0: no real images")
 
     add = begin_group("augmentation (single values override those of --aug)")
     add("--aug", "auto", str, "auto: weak with generated data, else strong",
@@ -929,14 +936,15 @@ def build_parser():
     add("--steps", 100_000, count, "training steps, however much data there is")
     add("--batch-size", 512, few, "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
-    add("--warmup-steps", None, index, "steps of linear warm-up; default 1%% of --steps")
+    add("--warmup-steps", None, whole, "steps of linear warm-up; default 1%% of --steps")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
     add("--momentum", 0.9, number(float, 0, 0.9999), "momentum of LARS")
     add("--probe-lr", 0.1, positive, "peak learning rate of the online linear probe")
-    add("--seed", 0, index, "decides every random draw")
+    add("--seed", 0, whole, "decides every random draw")
 
     add = begin_group("evaluation")
-    add("--eval-every", None, index, "steps between evaluations; 0: only the last; default a fifth")
+    add("--eval-every", None, whole, "steps between evaluations, from 0 on; 0: only the last; "
+        "default a fifth of --steps")
     add("--probe-size", None, few, "labelled images that the linear and kNN probes learn from, a "
         "class-balanced subset of all; default those of --real-size")
     add("--knn-k", 20, count, "neighbours that vote")
@@ -947,7 +955,7 @@ def build_parser():
 
     add = begin_group("experiments")
     add("--compare", False, switch, "no inflation (strong, weak), vanilla and AdaInf side by side")
-    add("--seeds", None, index, "seeds of --compare; default --seed", nargs="+")
+    add("--seeds", None, whole, "seeds of --compare; default --seed", nargs="+")
     add("--demo", False, switch, "--compare on fabrics, in minutes on a CPU")
 
     add = begin_group("system")
@@ -970,11 +978,12 @@ def parse_options(argv=None):
     """The command line with every default filled in. Raises InputError."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    # These two bring other defaults, over which the command line is parsed once more.
+    # These two bring other defaults, with which the command line is parsed once more.
     if options.demo:
         parser.set_defaults(**DEMO)
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
+        parser.set_defaults(seeds=None)
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1016,8 +1025,9 @@ def check_options(options):
           "--data-device cuda: needs --device cuda")
     check(options.batch_size % WORLD == 0,
           f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally")
-    inflates = options.ratio == 0 or options.compare or options.gen_size
-    check(options.gen_data or not inflates, "--ratio 0, --compare and --gen-size: need --gen-data")
+    needs_generated = options.ratio == 0 or options.compare or options.gen_size
+    check(options.gen_data or not needs_generated,
+          "--ratio 0, --compare and --gen-size: need --gen-data")
     check(not options.compare or options.aug == "auto", "--aug: --compare sets it for every cell")
     check(options.compare or options.seeds == [options.seed], "--seeds: is for --compare; a single "
           "run takes --seed")
@@ -1155,12 +1165,13 @@ def balanced_subset(data, size, seed):
           f"--real-size, --probe-size: {size} is more than the {total} labelled images")
     labels = data.labels.numpy()
     order = np.random.default_rng(seed).permutation(total)
-    place = np.empty(total, int)  # of an image in the random order of its class
+    # Take a random image of every class, then another one of every class, and so on.
+    rank_in_class = np.empty(total, int)
     for label in range(len(data.classes)):
         of_class = order[labels[order] == label]
-        place[of_class] = np.arange(len(of_class))
-    by_place = np.argsort(place * len(data.classes) + labels)  # one of each class, another one, ...
-    chosen = np.sort(by_place[:size])
+        rank_in_class[of_class] = np.arange(len(of_class))
+    by_rank = np.argsort(rank_in_class * len(data.classes) + labels)  # then by class
+    chosen = np.sort(by_rank[:size])
     return data.images[chosen], data.labels[chosen]
 
 
@@ -1199,7 +1210,7 @@ def tune_process():
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
         # Keep freed memory, or every step must get its pages from the system again. Where glibc is
-        # old and refuses the first setting, leave the second one too: alone, it costs time.
+        # old and refuses the first setting, skip the second: alone, it costs time.
         m_mmap_threshold = -3
         m_trim_threshold = -1
         libc = ctypes.CDLL("libc.so.6")
@@ -1283,8 +1294,8 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
-    # What may differ when a run goes on: no result depends on it, but by rounding. (Files of images
-    # may move, as their checksums are compared.)
+    # What may differ when a run goes on: results depend on it by rounding at most. (Of generated
+    # images, which may have moved, checksums are compared.)
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every", "eval_only")
 
@@ -1385,10 +1396,10 @@ class Run:
         if RANK == 0:
             self.log_file.close()
         if self.signal and not error_type:
-            signal.raise_signal(self.signal)  # it came after the last step: end the program now
+            signal.raise_signal(self.signal)  # it came during finish(): now to the old handler
 
     def note_signal(self, number, _):
-        """Stop when after_step() comes to it; a second signal stops at once."""
+        """Stop when after_step() comes to it; a second one of its kind stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1410,7 +1421,9 @@ class Run:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {step:,}, which is saved; the same command goes on")
             raise SystemExit(128 + stop)
-        first = step == self.first_step + 1  # this one compiles
+        # The clock starts anew, so that compiling (in the first step), evaluating and saving do not
+        # count in the speed.
+        first = step == self.first_step + 1
         if first or log or save:
             self.clock = (time.perf_counter(), step)
 
