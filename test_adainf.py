@@ -1221,10 +1221,11 @@ def refused(run, tmp_path, monkeypatch):
     "--ratio 1.5", "--batch-size 999", "--lr nan", "--warmup-steps 25", "--device abacus",
     "--gen-size 25", "--real-size 37", "--jitter 1 1 1 0.6", "--solarize-prob 0 0 0", "--nonsense",
     "--eval-only nowhere", "--dataset nowhere", "--gen-data nowhere.npz", "--dataset cifar10",
-    "--data-device cuda", "--out file/run"])
+    "--data-device cuda", "--out file/run", "--seeds 0 1", "--compare --seeds 0 0",
+    "--compare --aug weak", "--dataset no\nwhere"])
 def test_bad_option_is_one_line(refused, tmp_path, words):
     (tmp_path / "file").write_text("mine")
-    assert refused(*words.split())
+    assert refused(*words.split(" "))
 
 
 CUT = functools.partial(os.truncate, length=99)
