@@ -850,7 +850,7 @@ def errors_as(message, *kinds, status=2):
 
 # --demo: a small network, and a procedural data set of which 20 images play the real ones.
 DEMO = dict(dataset="fabrics", gen_data=["fabrics"], real_size=20, probe_size=5000, image_size=16,
-            width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=1800, warmup_steps=180,
+            width=8, blocks=[1, 1, 1], proj_hidden=256, proj_dim=64, steps=800, warmup_steps=80,
             batch_size=20, lr=0.1, eval_every=0, log_every=200, compare=True, out="runs/demo")
 
 
