@@ -805,10 +805,10 @@ def print_table(table):
         for metric in METRICS:
             text = ""
             if metric in row:
-                text = f"{row[metric]['mean']:9.2f}"
+                text = f"{row[metric]['mean']:.2f}"
                 if row[metric]["std"] is not None:
                     text += f" +- {row[metric]['std']:5.2f}"
-            line += f"{text:18}"
+            line += f"{text:>18}"
         say(line)
 
 

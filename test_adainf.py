@@ -1434,6 +1434,21 @@ def test_processes_do_the_work_of_one(tiny, tmp_path):
     assert (tmp_path / "said2-1").read_text() == ""  # only the first one speaks
 
 
+def test_synchronised_batch_norm_keeps_the_weights_that_the_optimizer_has(
+        monkeypatch, model, options):
+    """Catches copies, which would never be updated. (Its statistics need several GPUs.)"""
+    monkeypatch.setattr(adainf, "WORLD", 2)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network: network)
+    options.device = "cuda"
+    names = list(model.state_dict())
+    optimizer = adainf.build_optimizer(model, options)
+    network = adainf.accelerate(model, None, options)
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in network.parameters()} == {id(p) for p in optimized}
+    assert list(model.state_dict()) == names
+    assert isinstance(model.backbone.bn1, nn.SyncBatchNorm)
+
+
 @pytest.mark.parametrize("number, codes, step, words", [
     (signal.SIGTERM, [143, 143], 10, "after step 10"),
     (signal.SIGKILL, [1, -9], 5, "lost another process")])
