@@ -79,7 +79,7 @@ class Data:
     probe_images: torch.Tensor  # what the offline probes of section 5 learn from, by default D_d
     probe_labels: torch.Tensor
     test_images: torch.Tensor
-    test_labels: torch.Tensor
+    test_labels: torch.Tensor  # on the compute device
     classes: list  # their names
     mean: torch.Tensor  # of all the training set's colours, 0..1: 3 x 1 x 1, on the compute device
     std: torch.Tensor
@@ -162,10 +162,10 @@ def take(pool, index):
 # Think of images as the nodes of a graph. An edge joins two that can become the same view: by way
 # of it, the loss pulls them together. Classes are found if two things hold (Theorem 4.1). Images
 # are well connected: lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's Laplacian, is
-# large, so that the graph does not nearly fall into D + 1 parts, more than D features can tell. And
+# large. (A small one means D + 1 almost separate parts, of which D features can tell only D.) And
 # views rarely change what an image shows: alpha, the share of views that do, is small. Stronger
-# views help the first and harm the second. Inflation helps the first alone, by images in between;
-# so with it, weaker views are best.
+# views help the first and harm the second. Inflation helps the first as well, by images in between.
+# Then strong views are no longer needed for it, and weaker ones do less harm.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -249,14 +249,14 @@ def blur_matrices(sigma, n):
     # box[m, i, j]: in blur m, how much of pixel j is in output i. The pixels are those at i +
     # offset[k]; beyond the image, offsets fall on its last pixel, and their weights add up.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
-    falls_on = F.one_hot(pixel, n).double()
+    falls_on = F.one_hot(pixel, n).double()  # n x offsets x n
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
     box = box / box.sum(-1, keepdim=True)
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n (rows, channels, columns). So both products are plain:
-# that of `rows` and an n x 3n matrix, and that of its result, as a 3n x n matrix, and `columns`.
+# In what follows images are M x n x 3 x n. With the channels between rows and columns, neither
+# product needs a permuted copy.
 
 
 def transform(rows, x, columns):
@@ -377,11 +377,11 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # Their order: each of the four gets a random time. Those of the blends are sorted, and the
-        # indices that sorting returns are the kinds in this order.
-        time, kind = uniform(3).sort(-1)
+        # Their order: each of the four gets a random time. With 0.7, 0.2, 0.5 for the blends and
+        # 0.6 for the hue, kind is 1, 2, 0, and the first two of these come before the hue.
+        sorted_time, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # so that each factor goes with its kind
-        hue_time = uniform()
+        before_hue = sorted_time < uniform()
 
         blur = 1 + (uniform() * self.BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -391,7 +391,7 @@ class TwoViews:
             flip=uniform() < recipe["flip_prob"],
             kind=kind,
             factor=factor,
-            before_hue=time < hue_time,
+            before_hue=before_hue,
             hue=turns,
             gray=uniform() < recipe["gray_prob"],
             blur=torch.where(uniform() < recipe["blur_prob"], blur, 0),
@@ -516,7 +516,7 @@ def nt_xent(projections, temperature):
     projections: 2B x d, first views first. Returns the mean over views of the cross-entropy of
     cosines / temperature, in fp32; it is ln(2B - 1) if all cosines are equal. Copies of one real
     image in a batch count as different images, as in the official code."""
-    z = F.normalize(gather(projections.float()), dim=1)  # of all processes
+    z = F.normalize(gather(projections.float()), dim=1)  # of all processes, first views first
     similarity = z @ z.T / temperature
     similarity.fill_diagonal_(-math.inf)  # a view is no candidate for itself
     view = torch.arange(len(z), device=z.device)
@@ -566,7 +566,7 @@ class LARS(torch.optim.SGD):
         ratio = self.ETA * p_norm / (g_norm + decay * p_norm + self.EPS) / lr
         ratio = ratio.clamp(max=1)
         ratio = torch.where(p_norm == 0, 1.0, ratio)
-        ratio = torch.where(g_norm == 0, 0.0, ratio)  # d = g = 0: no decay either, by convention
+        ratio = torch.where(g_norm == 0, 0.0, ratio)  # no decay either, as in the official code
         torch._foreach_add_(gradients, weights, alpha=decay)
         torch._foreach_mul_(gradients, list(ratio.unbind()))
 
@@ -583,7 +583,8 @@ def build_optimizer(model, options):
 
 
 def learning_rate(step, steps, warmup, peak, start=3e-5):
-    """Step from 0: linear from `start` to `peak` at `warmup`, then a cosine to 0 at `steps`."""
+    """Step from 0: linear from `start` (the paper's) to `peak` at `warmup`, then a cosine to 0 at
+    `steps`."""
     if step < warmup:
         start = min(start, peak)
         return start + (peak - start) * step / warmup
@@ -702,7 +703,7 @@ def train(options, data):
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        model = accelerate(network, two_views, options)  # wraps network: the same weights
+        model = accelerate(network, two_views, options)  # run saves network itself
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
@@ -713,9 +714,8 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # With several processes, each has the whole loss, but in gather() the views of others
-            # are constants: it gets the gradient by way of its own views. DistributedDataParallel
-            # takes the mean of these parts where their sum is meant: hence times WORLD.
+            # With several processes, the whole gradient is the sum over processes, as gather() takes
+            # the views of others as constants. DistributedDataParallel takes the mean: hence WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -754,7 +754,8 @@ def compare(options, all_data):
             cell.out = str(folder / f"{name}-{seed}")
             cells.append((name, cell))
     # Before any run, let Mixture and choose_subsets refuse bad sizes; those of one seed are enough.
-    for _, cell in cells[:len(cells_of(options))]:
+    cells_of_first_seed = cells[:len(cells_of(options))]
+    for _, cell in cells_of_first_seed:
         Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
 
     results = collections.defaultdict(list)  # {row: scores for each seed}
@@ -983,7 +984,7 @@ def parse_options(argv=None):
         parser.set_defaults(**DEMO)
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
-        parser.set_defaults(seeds=None)
+        parser.set_defaults(seeds=None)  # as --seed may now be another
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1170,7 +1171,7 @@ def balanced_subset(data, size, seed):
     for label in range(len(data.classes)):
         of_class = order[labels[order] == label]
         rank_in_class[of_class] = np.arange(len(of_class))
-    by_rank = np.argsort(rank_in_class * len(data.classes) + labels)  # then by class
+    by_rank = np.argsort(rank_in_class * len(data.classes) + labels)  # ties: by class
     chosen = np.sort(by_rank[:size])
     return data.images[chosen], data.labels[chosen]
 
@@ -1297,7 +1298,7 @@ class Run:
     # What may differ when a run goes on: results depend on it by rounding at most. (Of generated
     # images, which may have moved, checksums are compared.)
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
-                  "save_every", "eval_every", "eval_only")
+                  "save_every", "eval_every")
 
     def __init__(self, options, data, mixture, two_views, strength, state):
         self.options = options
