@@ -714,8 +714,9 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # With several processes, the whole gradient is the sum over processes, as gather() takes
-            # the views of others as constants. DistributedDataParallel takes the mean: hence WORLD.
+            # With several processes, gather() takes the views of others as constants: the whole
+            # gradient is the sum over processes. DistributedDataParallel takes the mean of them, so
+            # times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
