@@ -1136,7 +1136,9 @@ def read_generated(path, size):
 def choose_subsets(data, options):
     """The Data of one run: --real-size, --gen-size, --probe-size; images wait where they fit."""
     images, labels = balanced_subset(data, options.real_size, options.seed)
-    probe_images, probe_labels = balanced_subset(data, options.probe_size, options.seed)
+    probe_images, probe_labels = images, labels  # not a second copy of the same images
+    if options.probe_size != options.real_size:
+        probe_images, probe_labels = balanced_subset(data, options.probe_size, options.seed)
     generated = data.generated if options.gen_data else data.generated[:0]
     if options.gen_size:
         check(options.gen_size <= len(generated),
