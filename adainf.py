@@ -32,6 +32,7 @@ import ctypes
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,6 @@ import statistics
 import sys
 import tempfile
 import time
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Mixture:
         self.size = self.n_copied + len(data.generated)
         self.beta = self.n_copied / self.size
         self.steps_per_epoch = self.size // batch_size
-        self.order = None  # of the samples in self.epoch
+        self.batches = None  # of self.epoch
         self.epoch = None
         check(batch_size <= self.size,
               f"--batch-size {batch_size}: too large, as an epoch has {self.size} samples")
@@ -125,17 +125,17 @@ class Mixture:
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             stream = random_stream(self.seed, EPOCH, epoch)
-            self.order = torch.from_numpy(stream.permutation(self.size))
+            order = torch.from_numpy(stream.permutation(self.size))
+            self.batches = order.split(self.batch_size)
             self.epoch = epoch
-
-        start = batch * self.batch_size
-        return self.order[start:start + self.batch_size]
+        return self.batches[batch]
 
     def batch(self, step):
         """(images, labels, n_real) of a step, on the compute device.
 
         images: uint8, B x n x n x 3; labels: B, -1 for a generated image; with several processes,
-        each gets its share of these. n_real: how many of the whole batch are real."""
+        each gets its share of these. n_real: how many of the whole batch are real (the online
+        probe takes a mean over them)."""
         samples = self.samples(step)
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
@@ -159,13 +159,14 @@ def take(pool, index):
 
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
-# Think of images as the nodes of a graph. An edge joins two that can become the same view: by way
-# of it, the loss pulls them together. Classes are found if two things hold (Theorem 4.1). Images
-# are well connected: lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's Laplacian, is
-# large. (A small one means D + 1 almost separate parts, of which D features can tell only D.) And
-# views rarely change what an image shows: alpha, the share of views that do, is small. Stronger
-# views help the first and harm the second. Inflation helps the first as well, by images in between.
-# Then strong views are no longer needed for it, and weaker ones do less harm.
+# Think of images as the nodes of a graph. Two are joined if some view of one looks like some view
+# of the other: the loss then pulls the two together. Classes are found if two things hold (Theorem
+# 4.1). Views rarely change what an image shows: alpha, the share of views that do, is small. And
+# images are well connected: lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's
+# Laplacian, is large. (A graph that almost falls into k parts has k eigenvalues near 0. With more
+# than D such parts, D features cannot keep all of them apart, and so mix classes.) Stronger views
+# connect better, but raise alpha. Inflation connects as well, by images in between. Then strong
+# views are no longer needed for that, and weaker ones do less harm.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -195,7 +196,8 @@ def choose_augmentation(options):
     return strength, augmentation
 
 
-# This is a view of one image in torchvision and Pillow, with which the tests compare ours:
+# This is a view of one image in torchvision and Pillow. Tests compare ours with it, operation by
+# operation; they agree but for Pillow's rounding to 8 bits:
 #
 #     RandomResizedCrop(n, scale=(crop_min, 1), interpolation=BICUBIC)
 #     RandomApply([ColorJitter(brightness, contrast, saturation, hue)], jitter_prob)
@@ -220,11 +222,11 @@ def crop_matrices(n):
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
         # The columns of a matrix are what it makes of unit vectors: so take the columns of an
-        # identity matrix, and resize each from length to n pixels. That gives an n x length matrix.
-        unit_vectors = torch.eye(length)[None, None]
-        resize = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
+        # identity matrix, and resize each from length to n pixels.
+        unit_vectors = torch.eye(length)[None, None]  # as one image: 1 x 1 x length x length
+        resized = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
         for start in range(n - length + 1):
-            table[start, length - 1, :, start:start + length] = resize
+            table[start, length - 1, :, start:start + length] = resized[0, 0]
     return table.flatten(0, 1)
 
 
@@ -246,8 +248,8 @@ def blur_matrices(sigma, n):
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
     weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
-    # box[m, i, j]: in blur m, how much of pixel j is in output i. The pixels are those at i +
-    # offset[k]; beyond the image, offsets fall on its last pixel, and their weights add up.
+    # Output i of blur m is the sum over k of weight[m, k] times pixel i + offset[k] (or, if that is
+    # beyond the edge, the pixel at the edge). box[m, i, j]: what pixel j weighs in this sum.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
     falls_on = F.one_hot(pixel, n).double()  # n x offsets x n
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
@@ -255,8 +257,8 @@ def blur_matrices(sigma, n):
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n. With the channels between rows and columns, neither
-# product needs a permuted copy.
+# In what follows images are M x n x 3 x n: rows, channels, columns. So a matrix multiplies the rows
+# as an n x 3n matrix, another one the columns as a 3n x n matrix, and nothing is permuted.
 
 
 def transform(rows, x, columns):
@@ -322,18 +324,19 @@ def random_boxes(u_area, u_aspect, u_corner, crop_min, n):
 
     fits = ((size > 0) & (size <= n)).all(-1, keepdim=True)  # ... x 10 x 1
     first = fits.int().argmax(-2, keepdim=True)  # the first maximum, so the first that fits
-    length = size.take_along_dim(first, dim=-2).squeeze(-2)
+    length = size.take_along_dim(first, dim=-2).squeeze(-2)  # ... x 2
     length = torch.where(fits.any(-2), length, n)
     start = (u_corner * (n - length + 1)).floor()
     return start.long(), length.long()
+
+
+BLURS = 256  # levels of sigma
 
 
 class TwoViews:
     """Two random views of every image: two_views(images, step).
 
     draw() makes random parameters, apply() distorts images by parameters."""
-
-    BLURS = 256  # levels of sigma, from 0.1 to 2 pixels
 
     def __init__(self, augmentation, n, mean, std, seed):
         self.augmentation = augmentation
@@ -344,8 +347,7 @@ class TwoViews:
 
         # There are few crops and blurs: all their matrices are made once, and looked up by apply().
         self.crops = crop_matrices(n).to(mean.device)
-        level = torch.arange(self.BLURS)
-        sigma = 0.1 + 1.9 * (level + 0.5) / self.BLURS
+        sigma = 0.1 + 1.9 * (torch.arange(BLURS) + 0.5) / BLURS  # pixels
         no_blur = torch.eye(n)[None]
         self.blurs = torch.cat([no_blur, blur_matrices(sigma, n)]).to(mean.device)
 
@@ -366,8 +368,8 @@ class TwoViews:
         def uniform(numbers=1):  # in [0, 1)
             return torch.from_numpy(stream.random((2, count, numbers), np.float32))
 
-        crop_min = recipe["crop_min"]
-        start, length = random_boxes(uniform(10), uniform(10), uniform(2), crop_min, self.n)
+        start, length = random_boxes(
+            uniform(10), uniform(10), uniform(2), recipe["crop_min"], self.n)
 
         # Colour jitter: brightness, contrast and saturation (blends of kind 0, 1, 2), and hue.
         jittered = uniform() < recipe["jitter_prob"]
@@ -377,13 +379,14 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # Their order: each of the four gets a random time. With 0.7, 0.2, 0.5 for the blends and
-        # 0.6 for the hue, kind is 1, 2, 0, and the first two of these come before the hue.
+        # Their order: each blend gets a random time, and so does the hue. `kind` lists the blends,
+        # the earliest first. For times of 0.7, 0.2, 0.5 it is 1, 2, 0; with the hue's time at 0.6,
+        # 1 and 2 come before the hue, and 0 after it.
         sorted_time, kind = uniform(3).sort(-1)
-        factor = factor.gather(-1, kind)  # so that each factor goes with its kind
+        factor = factor.gather(-1, kind)  # in that order as well
         before_hue = sorted_time < uniform()
 
-        blur = 1 + (uniform() * self.BLURS).long()  # its place in the table; at 0 is none
+        blur = 1 + (uniform() * BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
         return dict(
             start=start,
@@ -402,8 +405,8 @@ class TwoViews:
         x = images.permute(0, 1, 3, 2).float() / 255
 
         crop = p["start"] * self.n + p["length"] - 1  # its place in the table
-        rows = self.crops.index_select(0, crop[:, 0])  # crop: M x 2, vertical and horizontal
-        columns = self.crops.index_select(0, crop[:, 1])
+        rows = take(self.crops, crop[:, 0])  # crop: M x 2, vertical and horizontal
+        columns = take(self.crops, crop[:, 1])
         columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)  # flips the output
         x = transform(rows, x, columns).clamp(0, 1)
 
@@ -414,11 +417,10 @@ class TwoViews:
         x = blends(x, p["kind"], torch.where(p["before_hue"], 1.0, p["factor"]))
         x = torch.where(p["gray"][:, :, None, None], grayscale(x), x)
 
-        blur = self.blurs.index_select(0, p["blur"].flatten())
+        blur = take(self.blurs, p["blur"].flatten())
         x = transform(blur, x, blur)
-        if max(self.augmentation["solarize_prob"]) > 0:
-            solarize = p["solarize"][:, :, None, None] & (x >= 128 / 255)
-            x = torch.where(solarize, 1 - x, x)
+        solarize = p["solarize"][:, :, None, None] & (x >= 128 / 255)
+        x = torch.where(solarize, 1 - x, x)
         return normalise(x.transpose(1, 2), self.mean, self.std)
 
 
@@ -539,6 +541,10 @@ def probe_cross_entropy(logits, labels, n_real):
 # a gradient that would move a weight tensor by more than eta times its norm.
 
 
+ETA = 0.02  # eta
+EPS = 1e-8
+
+
 class LARS(torch.optim.SGD):
     """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
 
@@ -547,28 +553,23 @@ class LARS(torch.optim.SGD):
     r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps lr * d, the step without momentum, from
     being longer than eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g."""
 
-    ETA = 0.02
-    EPS = 1e-8
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.ndim > 1]
-            self.scale_gradients(weights, group["lr"], group["decay"])
-        super().step()
+            gradients = [p.grad for p in weights]
+            decay = group["decay"]
+            # _foreach_ functions treat all tensors in a few calls.
+            p_norm = torch.stack(torch._foreach_norm(weights))
+            g_norm = torch.stack(torch._foreach_norm(gradients))
 
-    def scale_gradients(self, weights, lr, decay):
-        """Replace g by d; _foreach_ functions treat all tensors in a few calls."""
-        gradients = [p.grad for p in weights]
-        p_norm = torch.stack(torch._foreach_norm(weights))
-        g_norm = torch.stack(torch._foreach_norm(gradients))
-
-        ratio = self.ETA * p_norm / (g_norm + decay * p_norm + self.EPS) / lr
-        ratio = ratio.clamp(max=1)
-        ratio = torch.where(p_norm == 0, 1.0, ratio)
-        ratio = torch.where(g_norm == 0, 0.0, ratio)  # no decay either, as in the official code
-        torch._foreach_add_(gradients, weights, alpha=decay)
-        torch._foreach_mul_(gradients, list(ratio.unbind()))
+            ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / group["lr"]
+            ratio = ratio.clamp(max=1)
+            ratio = torch.where(p_norm == 0, 1.0, ratio)  # d = 1 (g + 0) = g
+            ratio = torch.where(g_norm == 0, 0.0, ratio)  # d = 0 = g: no decay, as officially
+            torch._foreach_add_(gradients, weights, alpha=decay)
+            torch._foreach_mul_(gradients, list(ratio.unbind()))
+        super().step()  # its gradients are now d
 
 
 def build_optimizer(model, options):
@@ -583,10 +584,9 @@ def build_optimizer(model, options):
 
 
 def learning_rate(step, steps, warmup, peak, start=3e-5):
-    """Step from 0: linear from `start` (the paper's) to `peak` at `warmup`, then a cosine to 0 at
-    `steps`."""
+    """The rate at `step` (the first is 0): linear from `start` (the paper's) to `peak`, which it
+    reaches at `warmup`, then a cosine that reaches 0 at `steps`."""
     if step < warmup:
-        start = min(start, peak)
         return start + (peak - start) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (1 + math.cos(math.pi * progress)) / 2
@@ -608,12 +608,11 @@ METRICS = ("online_top1", "linear_top1", "knn_top1")
 @torch.no_grad()
 def encode(backbone, images, data, autocast):
     """uint8 images M x n x n x 3 -> features, float M x D, on the compute device."""
-    device = data.device
     was_training = backbone.training
     backbone.eval()
     features = []
     for chunk in images.split(1000):
-        pixels = chunk.to(device).permute(0, 3, 1, 2).float() / 255
+        pixels = chunk.to(data.device).permute(0, 3, 1, 2).float() / 255
         with autocast:
             output = backbone(normalise(pixels, data.mean, data.std))
         features.append(output.float())
@@ -631,14 +630,13 @@ def knn_top1(train, train_labels, test, test_labels, k, temperature):
     """Weighted kNN (Wu et al. 2018): the k nearest training images vote exp(cosine / T)."""
     train = F.normalize(train, dim=1)
     test = F.normalize(test, dim=1)
-    classes = int(train_labels.max()) + 1
+    one_hot = F.one_hot(train_labels).float()
     scores = []
     for chunk in test.split(500):
         similarity = chunk @ train.T
         cosine, nearest = similarity.topk(min(k, len(train)))
         weight = ((cosine - cosine[:, :1]) / temperature).exp()  # so scaled, none overflows
-        votes = torch.zeros(len(chunk), classes, device=train.device)
-        scores.append(votes.scatter_add_(1, train_labels[nearest], weight))
+        scores.append(torch.einsum("mk,mkc->mc", weight, one_hot[nearest]))
     return top1(torch.cat(scores), test_labels)
 
 
@@ -703,7 +701,7 @@ def train(options, data):
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        model = accelerate(network, two_views, options)  # run saves network itself
+        model = accelerate(network, two_views, options)  # a wrapper; checkpoints hold `network`
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
@@ -714,9 +712,8 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # With several processes, gather() takes the views of others as constants: the whole
-            # gradient is the sum over processes. DistributedDataParallel takes the mean of them, so
-            # times WORLD.
+            # Each process has the loss of the whole batch, but gradients of its own views only: the
+            # whole gradient is their sum. DistributedDataParallel takes the mean, so times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -747,7 +744,7 @@ def compare(options, all_data):
     cells = []
     for seed in options.seeds:
         for name, own in cells_of(options).items():
-            # A cell is a run like any other: its command line would be these options.
+            # A cell is a run like any other: with the user's options, and its own in their place.
             cell = argparse.Namespace(**(vars(options) | own))
             cell.compare = cell.demo = False
             cell.seed = seed
@@ -763,7 +760,7 @@ def compare(options, all_data):
     for name, cell in cells:
         data = choose_subsets(all_data, cell)
         if name == "none-strong":  # once a seed
-            # Baselines without training, which every cell should beat.
+            # Baselines without training, which the offline probes of every cell should beat.
             untrained = build_model(cell, data)
             autocast = choose_autocast(cell)
             results["raw pixels"].append(probe_pixels(data, cell))
@@ -820,7 +817,7 @@ def print_table(table):
 
 
 class InputError(Exception):
-    """That line, and the exit status: 2 for bad input, 1 for a run that cannot go on."""
+    """Such a line, and the exit status: 2 for bad input, 1 for a run that cannot go on."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -890,7 +887,7 @@ def build_parser():
 
         def add(name, default, kind, text, **more):
             key = name[2:].replace("-", "_")
-            if key in STRONG:
+            if key in STRONG:  # it has two defaults, one of each recipe
                 text += f" (default: strong {STRONG[key]}, weak {WEAK[key]})"
             elif default is not None and default is not False:
                 text += " (default: %(default)s)"
@@ -980,12 +977,12 @@ def parse_options(argv=None):
     """The command line with every default filled in. Raises InputError."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    # These two bring other defaults, with which the command line is parsed once more.
+    # --demo and --eval-only bring other defaults, with which the command line is parsed once more.
     if options.demo:
         parser.set_defaults(**DEMO)
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
-        parser.set_defaults(seeds=None)  # as --seed may now be another
+        parser.set_defaults(seeds=None)  # or they would contradict another --seed
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1123,10 +1120,8 @@ def read_generated(path, size):
     if path == "fabrics":
         return demo_data().generate_fabrics(size)
     with errors_as(f"--gen-data {path}: has no whole array `image`"):
-        with zipfile.ZipFile(path) as archive, archive.open("image.npy") as member:
-            images = np.lib.format.read_array(member, allow_pickle=False)
-            rest = member.read()  # to the end, where zipfile compares the checksum
-            check(not rest, f"--gen-data {path}: has bytes after `image`")
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["image"]
     ours = images.dtype == np.uint8 and images.shape[1:] == (size, size, 3) and len(images)
     check(ours, f"--gen-data {path}: has {images.dtype} {images.shape}, not uint8 M x {size} x "
           f"{size} x 3; `download_generated.py --from-npz` converts")
@@ -1170,12 +1165,10 @@ def balanced_subset(data, size, seed):
     labels = data.labels.numpy()
     order = np.random.default_rng(seed).permutation(total)
     # Take a random image of every class, then another one of every class, and so on.
-    rank_in_class = np.empty(total, int)
-    for label in range(len(data.classes)):
-        of_class = order[labels[order] == label]
-        rank_in_class[of_class] = np.arange(len(of_class))
-    by_rank = np.argsort(rank_in_class * len(data.classes) + labels)  # ties: by class
-    chosen = np.sort(by_rank[:size])
+    classes = [order[labels[order] == label] for label in range(len(data.classes))]
+    rounds = itertools.zip_longest(*classes)  # None for a class that has no more
+    in_turn = [index for one_of_each in rounds for index in one_of_each if index is not None]
+    chosen = sorted(in_turn[:size])
     return data.images[chosen], data.labels[chosen]
 
 
@@ -1299,7 +1292,8 @@ class Run:
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
     # What may differ when a run goes on: results depend on it by rounding at most. (Of generated
-    # images, which may have moved, checksums are compared.)
+    # images, which may have moved, checksums are compared. Only if several processes train on CPUs
+    # does more depend on device and number: there each normalises its own share of a batch.)
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every")
 
@@ -1399,8 +1393,9 @@ class Run:
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
+        # after_step() answers a signal by SystemExit. One that is left came later, in finish():
         if self.signal and not error_type:
-            signal.raise_signal(self.signal)  # it came during finish(): now to the old handler
+            signal.raise_signal(self.signal)  # to the old handler
 
     def note_signal(self, number, _):
         """Stop when after_step() comes to it; a second one of its kind stops at once."""
@@ -1433,7 +1428,7 @@ class Run:
 
     def stop_asked(self, step):
         """The signal that any process has received, or 0. They stop together; to agree they wait
-        for each other, so they do it only at every tenth step."""
+        for each other, so they do it only at every tenth step, and at the last."""
         if WORLD == 1:
             return self.signal
         if step % 10 and step < self.options.steps:
