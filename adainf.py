@@ -162,11 +162,11 @@ def take(pool, index):
 # Think of images as the nodes of a graph. Two are joined if some view of one looks like some view
 # of the other: the loss then pulls the two together. Classes are found if two things hold (Theorem
 # 4.1). Views rarely change what an image shows: alpha, the share of views that do, is small. And
-# images are well connected: lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's
-# Laplacian, is large. (A graph that almost falls into k parts has k eigenvalues near 0. With more
-# than D such parts, D features cannot keep all of them apart, and so mix classes.) Stronger views
-# connect better, but raise alpha. Inflation connects as well, by images in between. Then strong
-# views are no longer needed for that, and weaker ones do less harm.
+# images are well connected: if a network has D features, lambda_{D+1}, the (D+1)-th smallest
+# eigenvalue of the graph's Laplacian, is large. (A graph that almost falls into k parts has k
+# eigenvalues near 0. With more than D such parts, D features cannot keep all of them apart, and so
+# mix classes.) Stronger views connect better, but raise alpha. Inflation connects as well, by
+# images in between. Then strong views are no longer needed for that, and weaker ones do less harm.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -217,13 +217,14 @@ def choose_augmentation(options):
 def crop_matrices(n):
     """Matrices that crop n pixels of an axis and resize the crop to n, as Pillow's bicubic does.
 
-    Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop. (Where it would pass
-    the edge, that is 0.)"""
+    Returns n^2 x n x n: [start * n + length - 1] is the matrix of that crop. Those of crops that
+    would pass the edge stay 0, and are never used."""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
         # The columns of a matrix are what it makes of unit vectors: so take the columns of an
-        # identity matrix, and resize each from length to n pixels.
-        unit_vectors = torch.eye(length)[None, None]  # as one image: 1 x 1 x length x length
+        # identity matrix, and resize each from length to n pixels. (For interpolate they are an
+        # image, of which the number of rows changes.)
+        unit_vectors = torch.eye(length)[None, None]
         resized = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
         for start in range(n - length + 1):
             table[start, length - 1, :, start:start + length] = resized[0, 0]
@@ -257,8 +258,8 @@ def blur_matrices(sigma, n):
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n: rows, channels, columns. So a matrix multiplies the rows
-# as an n x 3n matrix, another one the columns as a 3n x n matrix, and nothing is permuted.
+# In what follows images are M x n x 3 x n: rows, channels, columns. For a product from the left, an
+# image is then an n x 3n matrix, for one from the right 3n x n, and nothing has to be permuted.
 
 
 def transform(rows, x, columns):
@@ -356,7 +357,7 @@ class TwoViews:
         """uint8 B x n x n x 3 -> float 2B x 3 x n x n, normalised, all first views first."""
         batch_size = len(images) * WORLD  # draw for all processes, and use the own share
         parameters = self.draw(random_stream(self.seed, VIEWS, step), batch_size)
-        for name, value in parameters.items():
+        for name, value in parameters.items():  # value: 2 x batch_size x (numbers of a view)
             own = value[:, share_of_process(batch_size)]
             parameters[name] = to_device(own.flatten(0, 1), images.device)
         return self.apply(images.repeat(2, 1, 1, 1), parameters)
@@ -382,9 +383,10 @@ class TwoViews:
         # Their order: each blend gets a random time, and so does the hue. `kind` lists the blends,
         # the earliest first. For times of 0.7, 0.2, 0.5 it is 1, 2, 0; with the hue's time at 0.6,
         # 1 and 2 come before the hue, and 0 after it.
-        sorted_time, kind = uniform(3).sort(-1)
+        time, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # in that order as well
-        before_hue = sorted_time < uniform()
+        hue_time = uniform()
+        before_hue = time < hue_time
 
         blur = 1 + (uniform() * BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -407,7 +409,7 @@ class TwoViews:
         crop = p["start"] * self.n + p["length"] - 1  # its place in the table
         rows = take(self.crops, crop[:, 0])  # crop: M x 2, vertical and horizontal
         columns = take(self.crops, crop[:, 1])
-        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)  # flips the output
+        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)  # axis 1: its output
         x = transform(rows, x, columns).clamp(0, 1)
 
         # All blends are done twice, before the hue and after it, so that hue has any place in their
@@ -489,7 +491,7 @@ class ResNet(nn.Sequential):
 class SimCLR(nn.Module):
     """Backbone, projector, and a linear probe that only watches: no gradient flows back from it.
 
-    Views M x 3 x n x n -> (projections M x d, class logits M x C)."""
+    Views M x 3 x n x n -> (projections M x proj_dim, logits M x classes)."""
 
     def __init__(self, options, classes):
         super().__init__()
@@ -515,8 +517,8 @@ def build_model(options, data):
 def nt_xent(projections, temperature):
     """NT-Xent (Chen et al. 2020, eq. 1): find the other view of the same image among all views.
 
-    projections: 2B x d, first views first. Returns the mean over views of the cross-entropy of
-    cosines / temperature, in fp32; it is ln(2B - 1) if all cosines are equal. Copies of one real
+    projections: 2B x proj_dim, first views first. Returns the mean over views of the cross-entropy
+    of cosines / temperature, in fp32; it is ln(2B - 1) if all cosines are equal. Copies of one real
     image in a batch count as different images, as in the official code."""
     z = F.normalize(gather(projections.float()), dim=1)  # of all processes, first views first
     similarity = z @ z.T / temperature
@@ -549,9 +551,10 @@ class LARS(torch.optim.SGD):
     """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
 
     SGD gets d in place of the gradient g of a tensor p: b = momentum * b + d and p = p - lr * b. If
-    p has two or more axes, d = r (g + wd p), with weight decay wd. The ratio
-    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1) keeps lr * d, the step without momentum, from
-    being longer than eta |p|. For biases and batch norm, and where |p| or |g| is 0, d = g."""
+    p has two or more axes, d = r (g + wd p), with weight decay wd and
+    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1). Where r is 1, that is SGD. Where r is less, lr
+    cancels: the step without momentum, lr * d, has a length of eta |p|. For biases and batch norm,
+    and where |p| or |g| is 0, d = g."""
 
     @torch.no_grad()
     def step(self):
@@ -701,7 +704,7 @@ def train(options, data):
     state = dict(model=network, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        model = accelerate(network, two_views, options)  # a wrapper; checkpoints hold `network`
+        model = accelerate(network, two_views, options)  # compiles both; may wrap the network
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
@@ -712,8 +715,8 @@ def train(options, data):
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # Each process has the loss of the whole batch, but gradients of its own views only: the
-            # whole gradient is their sum. DistributedDataParallel takes the mean, so times WORLD.
+            # Of several processes, each has the gradient of its own views only, and the sum of them
+            # is the whole one. DistributedDataParallel takes the mean, so times WORLD.
             scaler.scale(WORLD * (loss + probe_loss)).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -760,7 +763,7 @@ def compare(options, all_data):
     for name, cell in cells:
         data = choose_subsets(all_data, cell)
         if name == "none-strong":  # once a seed
-            # Baselines without training, which the offline probes of every cell should beat.
+            # Scores without training: those of a cell should be higher.
             untrained = build_model(cell, data)
             autocast = choose_autocast(cell)
             results["raw pixels"].append(probe_pixels(data, cell))
@@ -883,6 +886,7 @@ def build_parser():
     scale = number(float, 0, 1e30)
 
     def begin_group(title):
+        """Begin a part of the help text. Returns add(), which adds an option to it."""
         group = parser.add_argument_group(title)
 
         def add(name, default, kind, text, **more):
@@ -902,7 +906,8 @@ def build_parser():
     add = begin_group("data")
     add("--dataset", "cifar10", str, "cifar10, cifar100, fabrics or a folder {train,test}/<class>/")
     add("--data-dir", "data", str, "folder for downloads")
-    add("--image-size", 32, number(int, 8, 64), "pixels n of a folder's images, which are resized")
+    add("--image-size", 32, number(int, 8, 64), "pixels n along a side; a folder's images are "
+        "resized")
     add("--real-size", None, few, "real images |D_d|, a class-balanced subset; default all")
 
     add = begin_group("inflation")
@@ -960,10 +965,10 @@ def build_parser():
     add = begin_group("system")
     add("--out", None, str, "folder of the run, continued by the same command; default in runs/")
     add("--device", "auto", str, "where to compute", choices=["auto", "cuda", "mps", "cpu"])
-    add("--data-device", "auto", str, "where images wait; auto: on the device, if half of its free "
+    add("--data-device", "auto", str, "where images wait; auto: on CUDA, if half of its free "
         "memory holds them", choices=["auto", "cuda", "cpu"])
-    add("--amp", "auto", str, "precision of products; auto: bf16 if the hardware has it, else fp16 "
-        "on CUDA, else off", choices=["auto", "bf16", "fp16", "off"])
+    add("--amp", "auto", str, "precision of products; auto: bf16 if CUDA or CPU have it, fp16 on "
+        "other CUDA, else off", choices=["auto", "bf16", "fp16", "off"])
     add("--compile", None, switch, "compile views and network; default on CUDA only, as on a CPU "
         "it takes long and saves little")
     add("--log-every", 50, count, "steps between log lines")
@@ -982,7 +987,8 @@ def parse_options(argv=None):
         parser.set_defaults(**DEMO)
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
-        parser.set_defaults(seeds=None)  # or they would contradict another --seed
+        # These may be others now; the stored seeds would then contradict --seed.
+        parser.set_defaults(seeds=None, device="auto", data_device="auto")
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1165,8 +1171,8 @@ def balanced_subset(data, size, seed):
     labels = data.labels.numpy()
     order = np.random.default_rng(seed).permutation(total)
     # Take a random image of every class, then another one of every class, and so on.
-    classes = [order[labels[order] == label] for label in range(len(data.classes))]
-    rounds = itertools.zip_longest(*classes)  # None for a class that has no more
+    by_class = [order[labels[order] == label] for label in range(len(data.classes))]
+    rounds = itertools.zip_longest(*by_class)  # None for a class that has no more
     in_turn = [index for one_of_each in rounds for index in one_of_each if index is not None]
     chosen = sorted(in_turn[:size])
     return data.images[chosen], data.labels[chosen]
@@ -1206,8 +1212,9 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again. Where glibc is
-        # old and refuses the first setting, skip the second: alone, it costs time.
+        # Keep freed memory, or every step must get its pages from the system again. An old glibc
+        # refuses the first setting. Then skip the second, which would only stop glibc from raising
+        # that threshold itself.
         m_mmap_threshold = -3
         m_trim_threshold = -1
         libc = ctypes.CDLL("libc.so.6")
@@ -1291,9 +1298,9 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
-    # What may differ when a run goes on: results depend on it by rounding at most. (Of generated
-    # images, which may have moved, checksums are compared. Only if several processes train on CPUs
-    # does more depend on device and number: there each normalises its own share of a batch.)
+    # What may differ when a run goes on, as results depend on it by rounding at most. Files of
+    # generated images may have moved: their contents are compared. (An exception: of several
+    # processes on CPUs, batch norm sees a share each. So results depend on their number.)
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every")
 
@@ -1393,9 +1400,10 @@ class Run:
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
-        # after_step() answers a signal by SystemExit. One that is left came later, in finish():
+        # after_step() answers a signal by SystemExit. If there is a signal and no error, it came
+        # later, in finish(): give it to the old handler.
         if self.signal and not error_type:
-            signal.raise_signal(self.signal)  # to the old handler
+            signal.raise_signal(self.signal)
 
     def note_signal(self, number, _):
         """Stop when after_step() comes to it; a second one of its kind stops at once."""
@@ -1420,8 +1428,8 @@ class Run:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {step:,}, which is saved; the same command goes on")
             raise SystemExit(128 + stop)
-        # The clock starts anew, so that compiling (in the first step), evaluating and saving do not
-        # count in the speed.
+        # The clock starts anew, so that evaluating, saving, and compiling in the first step do not
+        # count in later speeds.
         first = step == self.first_step + 1
         if first or log or save:
             self.clock = (time.perf_counter(), step)

@@ -1026,6 +1026,15 @@ def test_learning_rate_rises_and_loss_falls(run, tmp_path):
     assert statistics.mean(losses[-20:]) < statistics.mean(losses[:20]) - 0.02
 
 
+def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(finished, tmp_path):
+    """Here only its config.json says that it was one."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    config = read_json(out / "config.json")
+    config["options"].update(device="cuda", data_device="cuda")
+    (out / "config.json").write_text(json.dumps(config))
+    assert adainf.main(["--eval-only", str(out)])["steps"] == 3  # and not refused
+
+
 # ---- Stopped and continued: signals, kills, full disks, changed options --------------------------
 
 
