@@ -134,8 +134,8 @@ class Mixture:
         """(images, labels, n_real) of a step, on the compute device.
 
         images: uint8, B x n x n x 3; labels: B, -1 for a generated image; with several processes,
-        each gets its share of these. n_real: how many of the whole batch are real (the online
-        probe takes a mean over them)."""
+        each gets its share of these. n_real: how many of the whole batch are real (for a mean
+        over them, in section 3)."""
         samples = self.samples(step)
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
@@ -159,14 +159,13 @@ def take(pool, index):
 
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
-# Think of images as the nodes of a graph. Two are joined if some view of one looks like some view
-# of the other: the loss then pulls the two together. Classes are found if two things hold (Theorem
-# 4.1). Views rarely change what an image shows: alpha, the share of views that do, is small. And
-# images are well connected: if a network has D features, lambda_{D+1}, the (D+1)-th smallest
-# eigenvalue of the graph's Laplacian, is large. (A graph that almost falls into k parts has k
-# eigenvalues near 0. With more than D such parts, D features cannot keep all of them apart, and so
-# mix classes.) Stronger views connect better, but raise alpha. Inflation connects as well, by
-# images in between. Then strong views are no longer needed for that, and weaker ones do less harm.
+# Think of images as the nodes of a graph, with an edge between two if a view of one looks like a
+# view of the other: the loss pulls the two together. This finds classes if two things hold (Theorem
+# 4.1). Views rarely change what an image shows: few of them do, a share of alpha. And images are
+# well connected; the paper's measure of that is lambda_{D+1}, an eigenvalue of the graph's
+# Laplacian, where D is the number of features. Stronger views add edges, but raise alpha. Inflation
+# adds edges as well, by images in between. Then strong views are no longer needed for that, and
+# weaker ones do less harm.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -221,13 +220,12 @@ def crop_matrices(n):
     would pass the edge stay 0, and are never used."""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
-        # The columns of a matrix are what it makes of unit vectors: so take the columns of an
-        # identity matrix, and resize each from length to n pixels. (For interpolate they are an
-        # image, of which the number of rows changes.)
-        unit_vectors = torch.eye(length)[None, None]
-        resized = F.interpolate(unit_vectors, (n, length), mode="bicubic", antialias=True)
+        # The columns of a matrix are what it makes of unit vectors. So take an identity matrix for
+        # an image, and resize its columns from length to n pixels. Its rows keep their length.
+        identity = torch.eye(length)[None, None]
+        resize = F.interpolate(identity, (n, length), mode="bicubic", antialias=True)[0, 0]
         for start in range(n - length + 1):
-            table[start, length - 1, :, start:start + length] = resized[0, 0]
+            table[start, length - 1, :, start:start + length] = resize
     return table.flatten(0, 1)
 
 
@@ -239,27 +237,27 @@ def blur_matrices(sigma, n):
     box has a third of sigma^2."""
     wanted = sigma.double()[:, None] ** 2 / 3  # variance; double, as a matrix is cubed below
     # If edge is 0, the variance is radius (radius + 1) / 3. The largest radius for which that is at
-    # most `wanted`:
+    # most `wanted`, so that edge is in 0..1:
     radius = (((12 * wanted + 1).sqrt() - 1) / 2).floor()
-    ones = 2 * radius + 1
-    sum_of_squares = radius * (radius + 1) * ones / 3  # of the positions that weigh 1
-    # wanted = (sum_of_squares + 2 edge (radius + 1)^2) / (ones + 2 edge), solved for edge:
-    edge = (wanted * ones - sum_of_squares) / (2 * ((radius + 1) ** 2 - wanted))
+    n_ones = 2 * radius + 1
+    sum_of_squares = radius * (radius + 1) * n_ones / 3  # of the positions that weigh 1
+    # wanted = (sum_of_squares + 2 edge (radius + 1)^2) / (n_ones + 2 edge), solved for edge:
+    edge = (wanted * n_ones - sum_of_squares) / (2 * ((radius + 1) ** 2 - wanted))
 
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
     weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
-    # Output i of blur m is the sum over k of weight[m, k] times pixel i + offset[k] (or, if that is
-    # beyond the edge, the pixel at the edge). box[m, i, j]: what pixel j weighs in this sum.
+    # Output i of blur m is the sum over k of weight[m, k] times pixel i + offset[k], or the nearest
+    # one inside the image. So at the edge several k fall on one pixel j, and their weights add up.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
-    falls_on = F.one_hot(pixel, n).double()  # n x offsets x n
+    falls_on = F.one_hot(pixel, n).double()  # [i, k, j]: 1 if that pixel is j
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
     box = box / box.sum(-1, keepdim=True)
     return torch.linalg.matrix_power(box, 3).float()
 
 
-# In what follows images are M x n x 3 x n: rows, channels, columns. For a product from the left, an
-# image is then an n x 3n matrix, for one from the right 3n x n, and nothing has to be permuted.
+# In what follows images are M x n x 3 x n: rows, channels, columns. In this order, products with a
+# matrix for rows and with one for columns need no permuted copy.
 
 
 def transform(rows, x, columns):
@@ -380,9 +378,9 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # Their order: each blend gets a random time, and so does the hue. `kind` lists the blends,
-        # the earliest first. For times of 0.7, 0.2, 0.5 it is 1, 2, 0; with the hue's time at 0.6,
-        # 1 and 2 come before the hue, and 0 after it.
+        # These four come in random order, each at a random time. apply() does the blends before the
+        # hue, then the hue, then the other blends. `kind` has the three blends, the earliest first:
+        # for times of 0.7, 0.2, 0.5 it is 1, 2, 0.
         time, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # in that order as well
         hue_time = uniform()
@@ -409,7 +407,8 @@ class TwoViews:
         crop = p["start"] * self.n + p["length"] - 1  # its place in the table
         rows = take(self.crops, crop[:, 0])  # crop: M x 2, vertical and horizontal
         columns = take(self.crops, crop[:, 1])
-        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)  # axis 1: its output
+        mirrored = columns.flip(1)  # columns: M x outputs x inputs
+        columns = torch.where(p["flip"][:, :, None], mirrored, columns)
         x = transform(rows, x, columns).clamp(0, 1)
 
         # All blends are done twice, before the hue and after it, so that hue has any place in their
@@ -532,10 +531,10 @@ def probe_cross_entropy(logits, labels, n_real):
     """Mean cross-entropy of the views of a batch's real images, 0 without any.
 
     logits: 2B x classes; labels: B, -1 is left out; n_real: how many of the whole batch are real.
-    With several processes, the values of all add up to that mean."""
+    With several processes, the mean of what they return is that mean."""
     labels = labels.repeat(2)
     total = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
-    return total / (2 * max(n_real, 1))
+    return WORLD * total / (2 * max(n_real, 1))
 
 
 # ---- 4. Optimiser (Section 5) --------------------------------------------------------------------
@@ -543,43 +542,41 @@ def probe_cross_entropy(logits, labels, n_real):
 # a gradient that would move a weight tensor by more than eta times its norm.
 
 
-ETA = 0.02  # eta
+ETA = 0.02
 EPS = 1e-8
 
 
 class LARS(torch.optim.SGD):
-    """Momentum SGD with a trust ratio r for each weight tensor (You et al. 2017), clipped at 1.
+    """Momentum SGD with a trust ratio for each weight tensor (You et al. 2017), clipped at 1.
 
-    SGD gets d in place of the gradient g of a tensor p: b = momentum * b + d and p = p - lr * b. If
-    p has two or more axes, d = r (g + wd p), with weight decay wd and
-    r = min(eta |p| / (|g| + wd |p| + eps) / lr, 1). Where r is 1, that is SGD. Where r is less, lr
-    cancels: the step without momentum, lr * d, has a length of eta |p|. For biases and batch norm,
-    and where |p| or |g| is 0, d = g."""
+    It gives SGD d in place of the gradient g of a tensor p: b = momentum * b + d, p = p - lr * b.
+    For biases and batch norm d is g. Groups have a `decay`: SGD itself would add a weight_decay."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.ndim > 1]
-            gradients = [p.grad for p in weights]
-            decay = group["decay"]
-            # _foreach_ functions treat all tensors in a few calls.
-            p_norm = torch.stack(torch._foreach_norm(weights))
-            g_norm = torch.stack(torch._foreach_norm(gradients))
+            for p in group["params"]:
+                if p.ndim > 1:
+                    p.grad = lars_direction(p, p.grad, group["lr"], group["decay"])
+        super().step()
 
-            ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / group["lr"]
-            ratio = ratio.clamp(max=1)
-            ratio = torch.where(p_norm == 0, 1.0, ratio)  # d = 1 (g + 0) = g
-            ratio = torch.where(g_norm == 0, 0.0, ratio)  # d = 0 = g: no decay, as officially
-            torch._foreach_add_(gradients, weights, alpha=decay)
-            torch._foreach_mul_(gradients, list(ratio.unbind()))
-        super().step()  # its gradients are now d
+
+def lars_direction(p, g, lr, decay):
+    """d of a weight tensor: r (g + decay * p); g if p or g is 0, as in the official code.
+
+    The trust ratio r is at most 1, which is SGD. Where it is less, lr cancels: the step without
+    momentum, lr * d, is no longer than eta |p|."""
+    p_norm = p.norm()
+    g_norm = g.norm()
+    ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / lr
+    d = ratio.clamp(max=1) * (g + decay * p)
+    return torch.where((p_norm > 0) & (g_norm > 0), d, g)
 
 
 def build_optimizer(model, options):
     """One LARS for two groups: what learns without labels, and the probe with its own rate."""
     learned = [*model.backbone.parameters(), *model.projector.parameters()]
     probe = model.probe.parameters()
-    # The name is `decay`, as SGD would add a `weight_decay` itself.
     groups = [
         dict(params=learned, peak=options.lr, decay=options.weight_decay),
         dict(params=probe, peak=options.probe_lr, decay=0.0)]
@@ -697,27 +694,26 @@ def train(options, data):
     strength, augmentation = choose_augmentation(options)
     mixture = Mixture(data, options.ratio, options.batch_size, options.seed)
     two_views = TwoViews(augmentation, options.image_size, data.mean, data.std, options.seed)
-    network = build_model(options, data)
-    optimizer = build_optimizer(network, options)
+    model = build_model(options, data)
+    optimizer = build_optimizer(model, options)
     autocast = choose_autocast(options)
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
-    state = dict(model=network, optimizer=optimizer, scaler=scaler)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        model = accelerate(network, two_views, options)  # compiles both; may wrap the network
+        # The same, compiled if asked to, and for all processes.
+        fast_model, two_views.apply = accelerate(model, two_views.apply, options)
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
             views = two_views(images, step)
             with autocast:
-                projections, logits = model(views)
+                projections, logits = fast_model(views)
             loss = nt_xent(projections, options.temperature)
             probe_loss = probe_cross_entropy(logits, labels, n_real)
 
             set_learning_rates(optimizer, step, options)
             optimizer.zero_grad()
-            # Of several processes, each has the gradient of its own views only, and the sum of them
-            # is the whole one. DistributedDataParallel takes the mean, so times WORLD.
-            scaler.scale(WORLD * (loss + probe_loss)).backward()
+            scaler.scale(loss + probe_loss).backward()
             scaler.step(optimizer)
             scaler.update()
             run.after_step(step + 1, loss, probe_loss)
@@ -729,47 +725,42 @@ def train(options, data):
 # inflation, and AdaInf. (To separate N from weaker views, do single runs with --ratio and --aug.)
 
 
-def cells_of(options):
-    """{name: options of its own} of the four cells; a user's --crop-min and so on hold in all."""
+def cells_of(options, seed):
+    """{name: options} of the four cells: the user's options, and in their place the cell's own."""
     plain = dict(gen_data=None, gen_size=None, ratio=1)
-    return {
+    cells = {
         "none-strong": dict(plain, aug="strong"),
         "none-weak": dict(plain, aug="weak"),
         "vanilla-1to1-strong": dict(ratio=1, aug="strong"),
         f"adainf-{options.ratio}to1-weak": dict(ratio=options.ratio, aug="weak")}
+    for name, own in cells.items():
+        folder = str(Path(options.out) / f"{name}-{seed}")
+        single = dict(compare=False, demo=False, seed=seed, seeds=[seed], out=folder)
+        cells[name] = argparse.Namespace(**vars(options) | own | single)
+    return cells
 
 
 def compare(options, all_data):
     """Train all cells for each of --seeds; a seed also chooses the subsets of images.
 
     Prints a table, writes comparison.json and .png, returns {row: {metric: spread}}."""
-    folder = Path(options.out)
-    cells = []
-    for seed in options.seeds:
-        for name, own in cells_of(options).items():
-            # A cell is a run like any other: with the user's options, and its own in their place.
-            cell = argparse.Namespace(**(vars(options) | own))
-            cell.compare = cell.demo = False
-            cell.seed = seed
-            cell.seeds = [seed]
-            cell.out = str(folder / f"{name}-{seed}")
-            cells.append((name, cell))
-    # Before any run, let Mixture and choose_subsets refuse bad sizes; those of one seed are enough.
-    cells_of_first_seed = cells[:len(cells_of(options))]
-    for _, cell in cells_of_first_seed:
+    # Let bad sizes be refused before any run. They are the same for every seed.
+    for cell in cells_of(options, options.seeds[0]).values():
         Mixture(choose_subsets(all_data, cell), cell.ratio, cell.batch_size, cell.seed)
 
     results = collections.defaultdict(list)  # {row: scores for each seed}
-    for name, cell in cells:
+    for seed in options.seeds:
+        cells = cells_of(options, seed)
+        # Two rows without training, for which it does not matter which cell's options they have.
+        cell = cells["none-strong"]
         data = choose_subsets(all_data, cell)
-        if name == "none-strong":  # once a seed
-            # Scores without training: those of a cell should be higher.
-            untrained = build_model(cell, data)
-            autocast = choose_autocast(cell)
-            results["raw pixels"].append(probe_pixels(data, cell))
-            results["untrained network"].append(evaluate(untrained, data, cell, autocast))
-        say(f"\n{name}, seed {cell.seed}")
-        results[name].append(train(cell, data))
+        results["raw pixels"].append(probe_pixels(data, cell))
+        untrained = build_model(cell, data)
+        scores = evaluate(untrained, data, cell, choose_autocast(cell))
+        results["untrained network"].append(scores)
+        for name, cell in cells.items():
+            say(f"\n{name}, seed {seed}")
+            results[name].append(train(cell, choose_subsets(all_data, cell)))
 
     table = {}
     for name, scores in results.items():
@@ -779,6 +770,7 @@ def compare(options, all_data):
     say(f"top-1 on {len(data.test_images):,} test images, %: mean and standard deviation over "
         f"seeds {options.seeds}; {options.steps:,} steps of {options.batch_size} images")
     if RANK == 0:
+        folder = Path(options.out)
         write_json(folder / "comparison.json", dict(options=vars(options), table=table))
         write_figure(folder / "comparison.png", draw_comparison, table)
     return table
@@ -987,8 +979,8 @@ def parse_options(argv=None):
         parser.set_defaults(**DEMO)
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
-        # These may be others now; the stored seeds would then contradict --seed.
-        parser.set_defaults(seeds=None, device="auto", data_device="auto")
+        parser.set_defaults(device="auto", data_device="auto")  # this may be another machine
+        parser.set_defaults(seeds=None)  # follows --seed
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1068,7 +1060,7 @@ def load_data(options):
 
     std, mean = torch.std_mean(images.float() / 255, dim=(0, 1, 2), correction=0, keepdim=True)
     mean = mean.round(decimals=4).view(3, 1, 1)  # the digits that papers give
-    std = std.round(decimals=4).clamp(min=0.004).view(3, 1, 1)
+    std = std.round(decimals=4).clamp(min=0.004).view(3, 1, 1)  # at least one of 255 levels
     return Data(
         images=images,
         labels=labels,
@@ -1212,27 +1204,27 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again. An old glibc
-        # refuses the first setting. Then skip the second, which would only stop glibc from raising
-        # that threshold itself.
-        m_mmap_threshold = -3
-        m_trim_threshold = -1
+        # Keep freed memory, or every step must get its pages from the system again.
+        m_mmap_threshold = -3  # a block of at least this size goes back when it is freed
+        m_trim_threshold = -1  # and so does free memory at the end of the heap, beyond this size
         libc = ctypes.CDLL("libc.so.6")
-        if libc.mallopt(m_mmap_threshold, 2 ** 31 - 1):
+        if libc.mallopt(m_mmap_threshold, 2 ** 31 - 1):  # an old glibc refuses so large a size
             libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
-def accelerate(network, two_views, options):
-    """Compile, where asked to; share the work, where there are several processes."""
+def accelerate(model, apply, options):
+    """Returns a model with the same weights, and TwoViews.apply, compiled if asked to.
+
+    With several processes, this model averages losses and gradients over them."""
     if WORLD > 1 and options.device == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of whole batches
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of whole batches
     if options.compile:
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is
-        network.compile()  # in place, so that names in the state dict stay clean
-        two_views.apply = torch.compile(two_views.apply)
+        model.compile()  # in place, so that names in the state dict stay clean
+        apply = torch.compile(apply)
     if WORLD > 1:
-        network = nn.parallel.DistributedDataParallel(network)  # gradients: the mean over processes
-    return network
+        model = nn.parallel.DistributedDataParallel(model)
+    return model, apply
 
 
 @contextlib.contextmanager
@@ -1260,10 +1252,11 @@ def share_of_process(count):
 def gather(views):
     """Rows for this process's views (first views first) -> for those of all, in that order as well.
 
-    The views of others are constants here, and get their gradient in their own process. As each
-    process has the loss of the whole batch, the sum over processes is the whole gradient."""
+    The views of others are constants here, and get their gradient in their own process: the whole
+    gradient is the sum over processes. DistributedDataParallel takes the mean, so times WORLD."""
     if WORLD == 1:
         return views
+    views.register_hook(lambda gradient: WORLD * gradient)
     parts = [torch.empty_like(views) for _ in range(WORLD)]
     dist.all_gather(parts, views.detach())
     parts[RANK] = views
@@ -1273,7 +1266,7 @@ def gather(views):
 
 
 def over_processes(operation, x):
-    """x, reduced over all processes by a dist.ReduceOp; they wait for each other."""
+    """x, reduced over all processes by a dist.ReduceOp."""
     if WORLD > 1:
         dist.all_reduce(x, operation)
     return x
@@ -1298,9 +1291,8 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
-    # What may differ when a run goes on, as results depend on it by rounding at most. Files of
-    # generated images may have moved: their contents are compared. (An exception: of several
-    # processes on CPUs, batch norm sees a share each. So results depend on their number.)
+    # What may differ when a run goes on, as results depend on it by rounding at most (of several
+    # processes, if they are on GPUs). For generated images, contents are compared, not paths.
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every")
 
@@ -1353,7 +1345,7 @@ class Run:
             std=data.std.flatten().tolist())
         if not (self.folder / "config.json").exists():
             return
-        old = read_config(self.folder)
+        old = read_config(self.folder)  # refuses the file of another program
         # Without a checkpoint, a run may begin anew with any options.
         if (self.folder / "checkpoint.pt").exists():
             advice = "go on as it began, or choose a new --out"
@@ -1366,8 +1358,8 @@ class Run:
 
     def __enter__(self):
         """Load the checkpoint, begin the log, listen to signals."""
-        # A barrier: no process looks for a checkpoint before the first one has opened the folder.
-        over_processes(dist.ReduceOp.SUM, torch.zeros(1, device=self.data.device))
+        if WORLD > 1:
+            dist.barrier()  # until the first process has opened the folder
         self.first_step, self.lines = load_checkpoint(self.folder, self.state)
         if RANK == 0:
             write_json(self.folder / "config.json", self.config)
@@ -1395,15 +1387,11 @@ class Run:
         self.clock = (time.perf_counter(), self.first_step)
         return self
 
-    def __exit__(self, error_type, *_):
+    def __exit__(self, *_):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
-        # after_step() answers a signal by SystemExit. If there is a signal and no error, it came
-        # later, in finish(): give it to the old handler.
-        if self.signal and not error_type:
-            signal.raise_signal(self.signal)
 
     def note_signal(self, number, _):
         """Stop when after_step() comes to it; a second one of its kind stops at once."""
@@ -1455,7 +1443,7 @@ class Run:
         """Log the losses of this step, and the speed."""
         self.check_finite(step, [loss, probe_loss])
         loss = loss.item()
-        probe_loss = over_processes(dist.ReduceOp.SUM, probe_loss.detach()).item()
+        probe_loss = over_processes(dist.ReduceOp.SUM, probe_loss.detach()).item() / WORLD
         begun, first = self.clock
         seconds = (time.perf_counter() - begun) / max(1, step - first)
         speed = self.options.batch_size / seconds
@@ -1513,6 +1501,8 @@ class Run:
             write_figure(self.folder / "curves.png", draw_curves, training, evaluations)
             write_json(self.folder / "result.json", result)
         say(f"results   in {self.folder}")
+        if self.signal:  # it came after the last step
+            raise SystemExit(128 + self.signal)
         return result
 
 

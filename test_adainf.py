@@ -1444,11 +1444,11 @@ def test_synchronised_batch_norm_keeps_the_weights_that_the_optimizer_has(
         monkeypatch, model, options):
     """Catches copies, which would never be updated. (Its statistics need several GPUs.)"""
     monkeypatch.setattr(adainf, "WORLD", 2)
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network: network)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
     options.device = "cuda"
     names = list(model.state_dict())
     optimizer = adainf.build_optimizer(model, options)
-    network = adainf.accelerate(model, None, options)
+    network, _ = adainf.accelerate(model, None, options)
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in network.parameters()} == {id(p) for p in optimized}
     assert list(model.state_dict()) == names
@@ -2441,12 +2441,12 @@ def training_step(options, data, plain=False):
     A plain one lays images out as (channels, rows, columns) in memory, PyTorch's default."""
     mixture = adainf.Mixture(data, options.ratio, options.batch_size, options.seed)
     two_views = adainf.TwoViews(adainf.WEAK, 32, data.mean, data.std, options.seed)
-    network = adainf.build_model(options, data)
-    optimizer = adainf.build_optimizer(network, options)
+    model = adainf.build_model(options, data)
+    optimizer = adainf.build_optimizer(model, options)
     autocast = adainf.choose_autocast(options)
-    model = adainf.accelerate(network, two_views, options)
+    fast_model, two_views.apply = adainf.accelerate(model, two_views.apply, options)
     if plain:
-        network.to(memory_format=torch.contiguous_format)
+        model.to(memory_format=torch.contiguous_format)
     steps = itertools.count()
 
     def work():
@@ -2456,7 +2456,7 @@ def training_step(options, data, plain=False):
         if plain:
             views = views.contiguous()
         with autocast:
-            projections, logits = model(views)
+            projections, logits = fast_model(views)
         loss = adainf.nt_xent(projections, options.temperature)
         probe_loss = adainf.probe_cross_entropy(logits, labels, real)
         adainf.set_learning_rates(optimizer, step, options)
