@@ -160,12 +160,12 @@ def take(pool, index):
 
 # ---- 2. Two views (Section 4) --------------------------------------------------------------------
 # Think of images as the nodes of a graph, with an edge between two if a view of one looks like a
-# view of the other: the loss pulls the two together. This finds classes if two things hold (Theorem
-# 4.1). Views rarely change what an image shows: few of them do, a share of alpha. And images are
-# well connected; the paper's measure of that is lambda_{D+1}, an eigenvalue of the graph's
-# Laplacian, where D is the number of features. Stronger views add edges, but raise alpha. Inflation
-# adds edges as well, by images in between. Then strong views are no longer needed for that, and
-# weaker ones do less harm.
+# view of the other: the loss pulls the two together. Two numbers decide whether this finds classes
+# (Theorem 4.1). alpha, the share of views that change what an image shows, should be small. And
+# lambda_{D+1} should be large: this eigenvalue of the graph's Laplacian, where D is the number of
+# features, tells how well connected the images are. Stronger views raise both, so there is a best
+# strength. Inflation raises lambda_{D+1} as well, by images in between. Then strong views are no
+# longer needed for that, and weaker ones, with a smaller alpha, are better.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -173,7 +173,7 @@ STRONG = dict(
     jitter=(0.8, 0.8, 0.8, 0.2),  # brightness, contrast, saturation: 1 +- this; hue: +- turns
     gray_prob=0.2,
     blur_prob=0.5,
-    solarize_prob=(0.0, 0.0),  # in the first and in the second view
+    solarize_prob=(0.0, 0.0),  # in the first and in the second view; for recipes of other methods
     flip_prob=0.5)
 WEAK = STRONG | dict(crop_min=0.2, jitter_prob=0.4, jitter=(0.4, 0.4, 0.4, 0.1))  # AdaInf's
 RECIPES = {"strong": STRONG, "weak": WEAK}  # the paper's, for SimCLR
@@ -196,7 +196,7 @@ def choose_augmentation(options):
 
 
 # This is a view of one image in torchvision and Pillow. Tests compare ours with it, operation by
-# operation; they agree but for Pillow's rounding to 8 bits:
+# operation; they agree but for what Pillow's 8 bits round and clip:
 #
 #     RandomResizedCrop(n, scale=(crop_min, 1), interpolation=BICUBIC)
 #     RandomApply([ColorJitter(brightness, contrast, saturation, hue)], jitter_prob)
@@ -222,6 +222,7 @@ def crop_matrices(n):
     for length in range(1, n + 1):
         # The columns of a matrix are what it makes of unit vectors. So take an identity matrix for
         # an image, and resize its columns from length to n pixels. Its rows keep their length.
+        # (`antialias` selects Pillow's cubic kernel.)
         identity = torch.eye(length)[None, None]
         resize = F.interpolate(identity, (n, length), mode="bicubic", antialias=True)[0, 0]
         for start in range(n - length + 1):
@@ -378,9 +379,9 @@ class TwoViews:
         factor = torch.where(jittered, low + (1 + strength - low) * uniform(3), 1.0)
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
-        # These four come in random order, each at a random time. apply() does the blends before the
-        # hue, then the hue, then the other blends. `kind` has the three blends, the earliest first:
-        # for times of 0.7, 0.2, 0.5 it is 1, 2, 0.
+        # These four come in random order, each at a random time: first the blends that are earlier
+        # than the hue, then the hue, then the other blends. `kind` lists the three blends, the
+        # earliest first: for times of 0.7, 0.2, 0.5 it is 1, 2, 0.
         time, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # in that order as well
         hue_time = uniform()
@@ -531,7 +532,8 @@ def probe_cross_entropy(logits, labels, n_real):
     """Mean cross-entropy of the views of a batch's real images, 0 without any.
 
     logits: 2B x classes; labels: B, -1 is left out; n_real: how many of the whole batch are real.
-    With several processes, the mean of what they return is that mean."""
+    With several processes, each returns WORLD times its part of that mean: later, gradients and
+    values are averaged over processes."""
     labels = labels.repeat(2)
     total = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
     return WORLD * total / (2 * max(n_real, 1))
@@ -549,8 +551,9 @@ EPS = 1e-8
 class LARS(torch.optim.SGD):
     """Momentum SGD with a trust ratio for each weight tensor (You et al. 2017), clipped at 1.
 
-    It gives SGD d in place of the gradient g of a tensor p: b = momentum * b + d, p = p - lr * b.
-    For biases and batch norm d is g. Groups have a `decay`: SGD itself would add a weight_decay."""
+    step() replaces the gradient g of a weight tensor p by a direction d. Then SGD does its usual
+    b = momentum * b + d and p = p - lr * b. Biases and batch norm keep g. d contains the weight
+    decay; its key is `decay`, as SGD would add a `weight_decay` a second time."""
 
     @torch.no_grad()
     def step(self):
@@ -564,8 +567,8 @@ class LARS(torch.optim.SGD):
 def lars_direction(p, g, lr, decay):
     """d of a weight tensor: r (g + decay * p); g if p or g is 0, as in the official code.
 
-    The trust ratio r is at most 1, which is SGD. Where it is less, lr cancels: the step without
-    momentum, lr * d, is no longer than eta |p|."""
+    If the trust ratio r is 1, that is SGD. Else lr cancels, and the step without momentum is small:
+    |lr * d| <= eta |p|."""
     p_norm = p.norm()
     g_norm = g.norm()
     ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / lr
@@ -701,7 +704,7 @@ def train(options, data):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        # The same, compiled if asked to, and for all processes.
+        # Faster, with the same weights: compiled if asked to, and shared by all processes.
         fast_model, two_views.apply = accelerate(model, two_views.apply, options)
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
@@ -726,7 +729,9 @@ def train(options, data):
 
 
 def cells_of(options, seed):
-    """{name: options} of the four cells: the user's options, and in their place the cell's own."""
+    """{name: options} of the four cells: the user's options, overridden by the cell's own.
+
+    A user's --crop-min and so on hold in all cells."""
     plain = dict(gen_data=None, gen_size=None, ratio=1)
     cells = {
         "none-strong": dict(plain, aug="strong"),
@@ -950,7 +955,8 @@ def build_parser():
     add("--eval-only", None, str, "evaluate the checkpoint of the run in this folder")
 
     add = begin_group("experiments")
-    add("--compare", False, switch, "no inflation (strong, weak), vanilla and AdaInf side by side")
+    add("--compare", False, switch, "no inflation (strong, weak), vanilla and AdaInf side by side; "
+        "--crop-min and so on would hold in all of them")
     add("--seeds", None, whole, "seeds of --compare; default --seed", nargs="+")
     add("--demo", False, switch, "--compare on fabrics, in minutes on a CPU")
 
@@ -1000,9 +1006,9 @@ def parse_options(argv=None):
         if getattr(options, name) is None:
             setattr(options, name, value)
 
-    check_options(options)
+    check_options(options)  # before gen_data goes, which a stored --ratio 0 needs
     if options.eval_only:
-        options.gen_data = None  # not needed, and perhaps no longer there
+        options.gen_data = None  # perhaps no longer there
         options.gen_size = None
     if options.dry_run:
         options.dry_run = False  # from here on it is a run like any other
@@ -1204,18 +1210,19 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again.
-        m_mmap_threshold = -3  # a block of at least this size goes back when it is freed
-        m_trim_threshold = -1  # and so does free memory at the end of the heap, beyond this size
+        # Keep freed memory, or every step must get its pages from the system again: neither large
+        # blocks nor the end of the heap go back below 2 GB. (An old glibc refuses the first.)
         libc = ctypes.CDLL("libc.so.6")
-        if libc.mallopt(m_mmap_threshold, 2 ** 31 - 1):  # an old glibc refuses so large a size
+        m_trim_threshold = -1  # the numbers of these parameters in malloc.h
+        m_mmap_threshold = -3
+        if libc.mallopt(m_mmap_threshold, 2 ** 31 - 1):
             libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
 def accelerate(model, apply, options):
     """Returns a model with the same weights, and TwoViews.apply, compiled if asked to.
 
-    With several processes, this model averages losses and gradients over them."""
+    With several processes, the gradients of this model are means over them."""
     if WORLD > 1 and options.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of whole batches
     if options.compile:
@@ -1291,8 +1298,9 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
-    # What may differ when a run goes on, as results depend on it by rounding at most (of several
-    # processes, if they are on GPUs). For generated images, contents are compared, not paths.
+    # What may differ when a run goes on, as results depend on it by rounding at most. (So may the
+    # number of processes; on CPUs that is more than rounding, as batch norm sees one share only.)
+    # For generated images, contents are compared, not paths.
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every")
 
@@ -1527,7 +1535,8 @@ def write_json(path, value):
 def read_config(folder):
     """The contents of config.json in a run's folder. Raises InputError."""
     with errors_as(f"{folder}: has no config.json of a run"):
-        config = json.loads((Path(folder) / "config.json").read_text())  # may hold anything
+        config = json.loads((Path(folder) / "config.json").read_text())
+        # As this may be any file: dict() and list() fail for what is no configuration.
         return dict(config, options=dict(config["options"]), checksums=list(config["checksums"]))
 
 
@@ -1566,11 +1575,11 @@ def load_encoder(path):
 
 def draw_views(path, data, two_views):
     """What the network sees: up to eight real and eight generated images, two views below each."""
-    rows = []
+    chosen = []
     for pool in (data.images, data.generated):
         stride = max(1, len(pool) // 8)
-        rows.append(pool[::stride][:8])
-    images = torch.cat(rows).to(data.device)
+        chosen.append(pool[::stride][:8])
+    images = torch.cat(chosen).to(data.device)
     views = two_views(images, step=0) * data.std + data.mean  # back to colours
     plain = images.permute(0, 3, 1, 2) / 255
     tiles = torch.cat([plain, views])
