@@ -22,8 +22,9 @@ It reads from top to bottom: 1 mixing, 2 views, 3 model and loss, 4 optimiser, 5
 such as check(), which raises an error if a condition fails, to_device(), which moves a tensor, and
 gather() and share_of_process(), which do something only if there are several processes.
 
-Notation: B images in a batch, so 2B views; n pixels along a side; D features; M rows of whatever is
-treated at once. D_d, D_g: the real and the generated images; P_d, P_g: what they are drawn from."""
+Notation: B images in a batch, so 2B views; each of several processes works on its share of them.
+n pixels along a side; D features; M rows of whatever is treated at once. D_d, D_g: the real and the
+generated images; P_d, P_g: what they are drawn from."""
 
 import argparse
 import collections
@@ -46,8 +47,8 @@ import zlib
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Threads that wait for others shall sleep. If they spin while another program runs as well,
-    # they take the cores from those for which they wait. OpenMP reads this when torch is loaded.
+    # A thread that waits shall sleep. One that spins keeps its core busy, and if another program
+    # runs as well, threads that have work are short of cores. OpenMP reads this when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -134,8 +135,8 @@ class Mixture:
         """(images, labels, n_real) of a step, on the compute device.
 
         images: uint8, B x n x n x 3; labels: B, -1 for a generated image; with several processes,
-        each gets its share of these. n_real: how many of the whole batch are real (for a mean
-        over them, in section 3)."""
+        each gets its share of these. n_real: the number of real images in the whole batch, by which
+        the probe's loss in section 3 is divided."""
         samples = self.samples(step)
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
@@ -162,10 +163,11 @@ def take(pool, index):
 # Think of images as the nodes of a graph, with an edge between two if a view of one looks like a
 # view of the other: the loss pulls the two together. Two numbers decide whether this finds classes
 # (Theorem 4.1). alpha, the share of views that change what an image shows, should be small. And
-# lambda_{D+1} should be large: this eigenvalue of the graph's Laplacian, where D is the number of
-# features, tells how well connected the images are. Stronger views raise both, so there is a best
-# strength. Inflation raises lambda_{D+1} as well, by images in between. Then strong views are no
-# longer needed for that, and weaker ones, with a smaller alpha, are better.
+# lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's Laplacian if the network has D
+# features, should be large: then the images are well connected, and do not fall into many separate
+# parts. Stronger views raise both numbers: they help and harm. Inflation raises lambda_{D+1} as
+# well, by images in between. Then strong views are no longer needed for that, and weaker ones, with
+# a smaller alpha, are better.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -220,9 +222,9 @@ def crop_matrices(n):
     would pass the edge stay 0, and are never used."""
     table = torch.zeros(n, n, n, n)
     for length in range(1, n + 1):
-        # The columns of a matrix are what it makes of unit vectors. So take an identity matrix for
-        # an image, and resize its columns from length to n pixels. Its rows keep their length.
-        # (`antialias` selects Pillow's cubic kernel.)
+        # The columns of a matrix are what it makes of unit vectors. So take the identity for an
+        # image, and resize its height from length to n pixels (its width stays): the result,
+        # n x length, is the matrix. (`antialias` selects Pillow's cubic kernel.)
         identity = torch.eye(length)[None, None]
         resize = F.interpolate(identity, (n, length), mode="bicubic", antialias=True)[0, 0]
         for start in range(n - length + 1):
@@ -237,8 +239,8 @@ def blur_matrices(sigma, n):
     for example 0.3 1 1 1 0.3 (Gwosdek et al. 2011, "extended box filter"). Variances add, so each
     box has a third of sigma^2."""
     wanted = sigma.double()[:, None] ** 2 / 3  # variance; double, as a matrix is cubed below
-    # If edge is 0, the variance is radius (radius + 1) / 3. The largest radius for which that is at
-    # most `wanted`, so that edge is in 0..1:
+    # A box with an edge of 0 has a variance of radius (radius + 1) / 3. So take the largest radius
+    # for which that is at most `wanted`, and then the edge, from 0 to 1, that adds the rest.
     radius = (((12 * wanted + 1).sqrt() - 1) / 2).floor()
     n_ones = 2 * radius + 1
     sum_of_squares = radius * (radius + 1) * n_ones / 3  # of the positions that weigh 1
@@ -248,9 +250,9 @@ def blur_matrices(sigma, n):
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
     weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
-    # Output i of blur m is the sum over k of weight[m, k] times pixel i + offset[k], or the nearest
-    # one inside the image. So at the edge several k fall on one pixel j, and their weights add up.
-    pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)
+    # Beyond an edge, the last pixel repeats. So output i of box m is the sum over k of weight[m, k]
+    # times the image at pixel[i, k]. Several k may fall on one pixel j, and their weights add up.
+    pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)  # n x offsets
     falls_on = F.one_hot(pixel, n).double()  # [i, k, j]: 1 if that pixel is j
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
     box = box / box.sum(-1, keepdim=True)
@@ -345,7 +347,7 @@ class TwoViews:
         self.std = std
         self.seed = seed
 
-        # There are few crops and blurs: all their matrices are made once, and looked up by apply().
+        # There are n^2 crops and few blurs. Their matrices are made once, and looked up by apply().
         self.crops = crop_matrices(n).to(mean.device)
         sigma = 0.1 + 1.9 * (torch.arange(BLURS) + 0.5) / BLURS  # pixels
         no_blur = torch.eye(n)[None]
@@ -380,10 +382,10 @@ class TwoViews:
         turns = torch.where(jittered, max_turns * (2 * uniform() - 1), 0.0)
 
         # These four come in random order, each at a random time: first the blends that are earlier
-        # than the hue, then the hue, then the other blends. `kind` lists the three blends, the
-        # earliest first: for times of 0.7, 0.2, 0.5 it is 1, 2, 0.
+        # than the hue, then the hue, then the other blends. Sorting the times of the three blends
+        # gives their kinds in that order: for 0.7, 0.2, 0.5 they are 1, 2, 0. In that order, too:
         time, kind = uniform(3).sort(-1)
-        factor = factor.gather(-1, kind)  # in that order as well
+        factor = factor.gather(-1, kind)
         hue_time = uniform()
         before_hue = time < hue_time
 
@@ -541,8 +543,7 @@ def probe_cross_entropy(logits, labels, n_real):
 
 # ---- 4. Optimiser (Section 5) --------------------------------------------------------------------
 # Large batches need a large learning rate, with which some layers would move too far. LARS shortens
-# a gradient that would move a weight tensor by more than eta times its norm.
-
+# their gradients, so that none of them alone moves a weight tensor by more than eta times its norm.
 
 ETA = 0.02
 EPS = 1e-8
@@ -565,10 +566,12 @@ class LARS(torch.optim.SGD):
 
 
 def lars_direction(p, g, lr, decay):
-    """d of a weight tensor: r (g + decay * p); g if p or g is 0, as in the official code.
+    """d of a weight tensor p with gradient g: d = r (g + decay * p).
 
-    If the trust ratio r is 1, that is SGD. Else lr cancels, and the step without momentum is small:
-    |lr * d| <= eta |p|."""
+    The trust ratio is r = min(1, eta |p| / (|g| + decay |p| + eps) / lr). If it is 1, that is SGD
+    with weight decay. If it is less, lr cancels in lr * d, SGD's step without momentum, and
+    |lr * d| <= eta |p|. If p or g is 0, d = g, as in the official code. (With p = 0, r would be 0,
+    and p could never change.)"""
     p_norm = p.norm()
     g_norm = g.norm()
     ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / lr
@@ -638,7 +641,8 @@ def knn_top1(train, train_labels, test, test_labels, k, temperature):
     for chunk in test.split(500):
         similarity = chunk @ train.T
         cosine, nearest = similarity.topk(min(k, len(train)))
-        weight = ((cosine - cosine[:, :1]) / temperature).exp()  # so scaled, none overflows
+        # To take out the maximum changes all votes by one factor, and none can overflow.
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
         scores.append(torch.einsum("mk,mkc->mc", weight, one_hot[nearest]))
     return top1(torch.cat(scores), test_labels)
 
@@ -663,7 +667,8 @@ def linear_top1(train, train_labels, test, test_labels, epochs, lr, seed, batch_
         batches = order.to(train.device).split(batch_size)
         for batch, rows in enumerate(batches):
             progress = epoch + batch / len(batches)  # in epochs
-            optimizer.param_groups[0]["lr"] = learning_rate(progress, epochs, 0, lr)
+            rate = learning_rate(progress, epochs, warmup=0, peak=lr)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
             F.cross_entropy(probe(train[rows]), train_labels[rows]).backward()
             optimizer.step()
@@ -704,7 +709,8 @@ def train(options, data):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        # Faster, with the same weights: compiled if asked to, and shared by all processes.
+        # fast_model has the weights of model. It and apply(), which two_views() calls, may be
+        # compiled. With several processes it averages gradients over them.
         fast_model, two_views.apply = accelerate(model, two_views.apply, options)
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
@@ -733,15 +739,17 @@ def cells_of(options, seed):
 
     A user's --crop-min and so on hold in all cells."""
     plain = dict(gen_data=None, gen_size=None, ratio=1)
-    cells = {
+    overrides = {
         "none-strong": dict(plain, aug="strong"),
         "none-weak": dict(plain, aug="weak"),
-        "vanilla-1to1-strong": dict(ratio=1, aug="strong"),
+        "vanilla-1to1-strong": dict(ratio=1, aug="strong"),  # N = 1
         f"adainf-{options.ratio}to1-weak": dict(ratio=options.ratio, aug="weak")}
-    for name, own in cells.items():
+    cells = {}
+    for name, own in overrides.items():
         folder = str(Path(options.out) / f"{name}-{seed}")
-        single = dict(compare=False, demo=False, seed=seed, seeds=[seed], out=folder)
-        cells[name] = argparse.Namespace(**vars(options) | own | single)
+        # The rest makes it a single run, also for whoever reads its config.json.
+        own.update(out=folder, seed=seed, seeds=[seed], compare=False, demo=False)
+        cells[name] = argparse.Namespace(**(vars(options) | own))
     return cells
 
 
@@ -756,7 +764,7 @@ def compare(options, all_data):
     results = collections.defaultdict(list)  # {row: scores for each seed}
     for seed in options.seeds:
         cells = cells_of(options, seed)
-        # Two rows without training, for which it does not matter which cell's options they have.
+        # Two rows without training. They are the same for every cell.
         cell = cells["none-strong"]
         data = choose_subsets(all_data, cell)
         results["raw pixels"].append(probe_pixels(data, cell))
@@ -870,7 +878,9 @@ def number(kind, low, high=10 ** 9):
 
 
 def build_parser():
-    """Every knob, in the order of the method; the defaults are the paper's recipe for CIFAR-10."""
+    """Every knob, in the order of the method.
+
+    The defaults are the paper's recipe for CIFAR-10, but for the padding of the stem."""
     parser = argparse.ArgumentParser(prog="adainf.py", description=__doc__.splitlines()[0])
     parser.error = lambda message: check(False, message)  # one line, no usage
     switch = argparse.BooleanOptionalAction
@@ -944,8 +954,8 @@ def build_parser():
     add("--seed", 0, whole, "decides every random draw")
 
     add = begin_group("evaluation")
-    add("--eval-every", None, whole, "steps between evaluations, from 0 on; 0: only the last; "
-        "default a fifth of --steps")
+    add("--eval-every", None, whole, "steps between evaluations, the first before training; "
+        "0: only after it; default a fifth of --steps")
     add("--probe-size", None, few, "labelled images that the linear and kNN probes learn from, a "
         "class-balanced subset of all; default those of --real-size")
     add("--knn-k", 20, count, "neighbours that vote")
@@ -977,7 +987,7 @@ def build_parser():
 
 
 def parse_options(argv=None):
-    """The command line with every default filled in. Raises InputError."""
+    """The command line, and the defaults that depend on other options. Raises InputError."""
     parser = build_parser()
     options = parser.parse_args(argv)
     # --demo and --eval-only bring other defaults, with which the command line is parsed once more.
@@ -1006,9 +1016,9 @@ def parse_options(argv=None):
         if getattr(options, name) is None:
             setattr(options, name, value)
 
-    check_options(options)  # before gen_data goes, which a stored --ratio 0 needs
+    check_options(options)
     if options.eval_only:
-        options.gen_data = None  # perhaps no longer there
+        options.gen_data = None  # not needed, and perhaps no longer there
         options.gen_size = None
     if options.dry_run:
         options.dry_run = False  # from here on it is a run like any other
@@ -1035,7 +1045,7 @@ def check_options(options):
     check(options.compare or options.seeds == [options.seed], "--seeds: is for --compare; a single "
           "run takes --seed")
     check(len(set(options.seeds)) == len(options.seeds), "--seeds: one comes twice")
-    check(not options.eval_only or not (options.compare or options.dry_run),
+    check(not (options.eval_only and (options.compare or options.dry_run)),
           "--eval-only: evaluates one run; leave out --compare and --dry-run")
 
 
@@ -1126,8 +1136,8 @@ def read_generated(path, size):
     with errors_as(f"--gen-data {path}: has no whole array `image`"):
         with np.load(path, allow_pickle=False) as archive:
             images = archive["image"]
-    ours = images.dtype == np.uint8 and images.shape[1:] == (size, size, 3) and len(images)
-    check(ours, f"--gen-data {path}: has {images.dtype} {images.shape}, not uint8 M x {size} x "
+    valid = images.dtype == np.uint8 and images.shape[1:] == (size, size, 3) and len(images)
+    check(valid, f"--gen-data {path}: has {images.dtype} {images.shape}, not uint8 M x {size} x "
           f"{size} x 3; `download_generated.py --from-npz` converts")
     return np.ascontiguousarray(images)
 
@@ -1210,8 +1220,9 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again: neither large
-        # blocks nor the end of the heap go back below 2 GB. (An old glibc refuses the first.)
+        # Keep freed memory, or every step must get its pages from the system again: below 2 GB,
+        # neither large blocks (mmap) nor the end of the heap (trim) are given back. Where an old
+        # glibc refuses the first setting, the second alone would make it slower.
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold = -1  # the numbers of these parameters in malloc.h
         m_mmap_threshold = -3
@@ -1259,8 +1270,9 @@ def share_of_process(count):
 def gather(views):
     """Rows for this process's views (first views first) -> for those of all, in that order as well.
 
-    The views of others are constants here, and get their gradient in their own process: the whole
-    gradient is the sum over processes. DistributedDataParallel takes the mean, so times WORLD."""
+    Each process computes the whole loss, but has the gradient through its own views only; the sum
+    over processes is the whole gradient. DistributedDataParallel divides it by WORLD, so the hook
+    multiplies by WORLD."""
     if WORLD == 1:
         return views
     views.register_hook(lambda gradient: WORLD * gradient)
@@ -1298,9 +1310,9 @@ class Run:
     """The folder --out: configuration, log, checkpoint, results. The same command continues it,
     the lock on its log keeps a second process out, and of many processes only the first writes."""
 
-    # What may differ when a run goes on, as results depend on it by rounding at most. (So may the
-    # number of processes; on CPUs that is more than rounding, as batch norm sees one share only.)
-    # For generated images, contents are compared, not paths.
+    # These options may differ when a run goes on: results depend on them by rounding at most. (The
+    # contents of gen_data are compared.) So may the number of processes, with an exception: on
+    # CPUs, batch norm sees one share only, so that results depend on it.
     MAY_CHANGE = ("out", "data_dir", "gen_data", "device", "data_device", "compile", "log_every",
                   "save_every", "eval_every")
 
@@ -1424,8 +1436,8 @@ class Run:
             name = signal.Signals(stop).name
             say(f"stopped by {name} after step {step:,}, which is saved; the same command goes on")
             raise SystemExit(128 + stop)
-        # The clock starts anew, so that evaluating, saving, and compiling in the first step do not
-        # count in later speeds.
+        # Speed is measured from one log line to the next. The clock also starts anew after what is
+        # not training: compiling (in the first step), evaluating, saving.
         first = step == self.first_step + 1
         if first or log or save:
             self.clock = (time.perf_counter(), step)
@@ -1443,15 +1455,15 @@ class Run:
     def check_finite(self, step, tensors):
         """A run that diverged stops, and is never saved. Raises InputError."""
         finite = all(tensor.isfinite().all() for tensor in tensors)  # here the host waits
-        check(finite, f"a loss or a weight is not finite at step {step}; the last checkpoint is "
-              "good, but resuming would fail again: try a lower --lr, or --amp off, in a new --out",
+        check(finite, f"a loss or a weight is not finite at step {step}, and was not saved; "
+              "resuming would fail again: try a lower --lr, or --amp off, in a new --out",
               status=1)
 
     def log_training(self, step, loss, probe_loss):
         """Log the losses of this step, and the speed."""
         self.check_finite(step, [loss, probe_loss])
         loss = loss.item()
-        probe_loss = over_processes(dist.ReduceOp.SUM, probe_loss.detach()).item() / WORLD
+        probe_loss = over_processes(dist.ReduceOp.SUM, probe_loss.detach()).item() / WORLD  # mean
         begun, first = self.clock
         seconds = (time.perf_counter() - begun) / max(1, step - first)
         speed = self.options.batch_size / seconds
@@ -1574,7 +1586,7 @@ def load_encoder(path):
 
 
 def draw_views(path, data, two_views):
-    """What the network sees: up to eight real and eight generated images, two views below each."""
+    """Up to eight real and eight generated images, with two views below each."""
     chosen = []
     for pool in (data.images, data.generated):
         stride = max(1, len(pool) // 8)
