@@ -135,8 +135,8 @@ class Mixture:
         """(images, labels, n_real) of a step, on the compute device.
 
         images: uint8, B x n x n x 3; labels: B, -1 for a generated image; with several processes,
-        each gets its share of these. n_real: the number of real images in the whole batch, by which
-        the probe's loss in section 3 is divided."""
+        each gets its share of these. n_real: the number of real images in the whole batch. (In
+        section 3, the loss of the online linear probe is a mean over their views.)"""
         samples = self.samples(step)
         n_real = int((samples < self.n_copied).sum())
         samples = samples[share_of_process(len(samples))]
@@ -164,10 +164,10 @@ def take(pool, index):
 # view of the other: the loss pulls the two together. Two numbers decide whether this finds classes
 # (Theorem 4.1). alpha, the share of views that change what an image shows, should be small. And
 # lambda_{D+1}, the (D+1)-th smallest eigenvalue of the graph's Laplacian if the network has D
-# features, should be large: then the images are well connected, and do not fall into many separate
-# parts. Stronger views raise both numbers: they help and harm. Inflation raises lambda_{D+1} as
-# well, by images in between. Then strong views are no longer needed for that, and weaker ones, with
-# a smaller alpha, are better.
+# features, should be large: it tells how well the images are connected. (It is 0 if the graph falls
+# into more than D separate parts.) Stronger views raise both numbers: they help and harm. Inflation
+# raises lambda_{D+1} as well, by images in between. Then strong views are no longer needed for
+# that, and weaker ones, with a smaller alpha, are better.
 
 STRONG = dict(
     crop_min=0.08,  # smallest area of a crop, as a share of the image
@@ -198,7 +198,7 @@ def choose_augmentation(options):
 
 
 # This is a view of one image in torchvision and Pillow. Tests compare ours with it, operation by
-# operation; they agree but for what Pillow's 8 bits round and clip:
+# operation; they agree but for what Pillow's 8 bits round and clip (and sigma has 256 levels):
 #
 #     RandomResizedCrop(n, scale=(crop_min, 1), interpolation=BICUBIC)
 #     RandomApply([ColorJitter(brightness, contrast, saturation, hue)], jitter_prob)
@@ -347,7 +347,8 @@ class TwoViews:
         self.std = std
         self.seed = seed
 
-        # There are n^2 crops and few blurs. Their matrices are made once, and looked up by apply().
+        # Along one axis, crops are few, and so are blurs. So their matrices are made once, and
+        # apply() looks them up.
         self.crops = crop_matrices(n).to(mean.device)
         sigma = 0.1 + 1.9 * (torch.arange(BLURS) + 0.5) / BLURS  # pixels
         no_blur = torch.eye(n)[None]
@@ -383,11 +384,11 @@ class TwoViews:
 
         # These four come in random order, each at a random time: first the blends that are earlier
         # than the hue, then the hue, then the other blends. Sorting the times of the three blends
-        # gives their kinds in that order: for 0.7, 0.2, 0.5 they are 1, 2, 0. In that order, too:
-        time, kind = uniform(3).sort(-1)
-        factor = factor.gather(-1, kind)
-        hue_time = uniform()
-        before_hue = time < hue_time
+        # gives their kinds in order of time: for 0.7, 0.2, 0.5 they are 1, 2, 0.
+        moment, kind = uniform(3).sort(-1)
+        factor = factor.gather(-1, kind)  # from the order 0, 1, 2 to that of `kind`
+        hue_moment = uniform()
+        before_hue = moment < hue_moment
 
         blur = 1 + (uniform() * BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -543,7 +544,7 @@ def probe_cross_entropy(logits, labels, n_real):
 
 # ---- 4. Optimiser (Section 5) --------------------------------------------------------------------
 # Large batches need a large learning rate, with which some layers would move too far. LARS shortens
-# their gradients, so that none of them alone moves a weight tensor by more than eta times its norm.
+# a gradient that, without momentum, would move a weight tensor by more than eta times its norm.
 
 ETA = 0.02
 EPS = 1e-8
@@ -554,7 +555,7 @@ class LARS(torch.optim.SGD):
 
     step() replaces the gradient g of a weight tensor p by a direction d. Then SGD does its usual
     b = momentum * b + d and p = p - lr * b. Biases and batch norm keep g. d contains the weight
-    decay; its key is `decay`, as SGD would add a `weight_decay` a second time."""
+    decay. (The parameter groups call it `decay`, as SGD would add a `weight_decay` once more.)"""
 
     @torch.no_grad()
     def step(self):
@@ -709,8 +710,8 @@ def train(options, data):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
 
     with Run(options, data, mixture, two_views, strength, state) as run:  # loads state, if saved
-        # fast_model has the weights of model. It and apply(), which two_views() calls, may be
-        # compiled. With several processes it averages gradients over them.
+        # fast_model shares the weights of model. Both it and apply(), which two_views() calls, may
+        # be compiled. With several processes, fast_model also averages gradients over them.
         fast_model, two_views.apply = accelerate(model, two_views.apply, options)
         for step in range(run.first_step, options.steps):
             images, labels, n_real = mixture.batch(step)
@@ -747,7 +748,7 @@ def cells_of(options, seed):
     cells = {}
     for name, own in overrides.items():
         folder = str(Path(options.out) / f"{name}-{seed}")
-        # The rest makes it a single run, also for whoever reads its config.json.
+        # Without compare and demo, a cell is a single run, also when --eval-only reads its options.
         own.update(out=folder, seed=seed, seeds=[seed], compare=False, demo=False)
         cells[name] = argparse.Namespace(**(vars(options) | own))
     return cells
@@ -780,7 +781,7 @@ def compare(options, all_data):
         metrics = [metric for metric in METRICS if metric in scores[0]]
         table[name] = {metric: spread([each[metric] for each in scores]) for metric in metrics}
     print_table(table)
-    say(f"top-1 on {len(data.test_images):,} test images, %: mean and standard deviation over "
+    say(f"top-1 on {len(all_data.test_images):,} test images, %: mean and standard deviation over "
         f"seeds {options.seeds}; {options.steps:,} steps of {options.batch_size} images")
     if RANK == 0:
         folder = Path(options.out)
@@ -886,7 +887,7 @@ def build_parser():
     switch = argparse.BooleanOptionalAction
     count = number(int, 1)
     whole = number(int, 0)
-    few = number(int, 2)
+    two_or_more = number(int, 2)
     units = number(int, 1, 65536)
     share = number(float, 0, 1)
     positive = number(float, 1e-9, 1e30)
@@ -915,7 +916,7 @@ def build_parser():
     add("--data-dir", "data", str, "folder for downloads")
     add("--image-size", 32, number(int, 8, 64), "pixels n along a side; a folder's images are "
         "resized")
-    add("--real-size", None, few, "real images |D_d|, a class-balanced subset; default all")
+    add("--real-size", None, two_or_more, "real images |D_d|, a class-balanced subset; default all")
 
     add = begin_group("inflation")
     add("--gen-data", None, str, "generated images: npz files, `image` uint8 M x n x n x 3 RGB",
@@ -945,7 +946,7 @@ def build_parser():
 
     add = begin_group("optimisation")
     add("--steps", 100_000, count, "training steps, however much data there is")
-    add("--batch-size", 512, few, "images B a step, over all processes")
+    add("--batch-size", 512, two_or_more, "images B a step, over all processes")
     add("--lr", 0.4, positive, "peak learning rate of LARS; meant for B = 512, nothing rescales it")
     add("--warmup-steps", None, whole, "steps of linear warm-up; default 1%% of --steps")
     add("--weight-decay", 1e-4, scale, "of weights; biases, norms and the probe have none")
@@ -956,8 +957,8 @@ def build_parser():
     add = begin_group("evaluation")
     add("--eval-every", None, whole, "steps between evaluations, the first before training; "
         "0: only after it; default a fifth of --steps")
-    add("--probe-size", None, few, "labelled images that the linear and kNN probes learn from, a "
-        "class-balanced subset of all; default those of --real-size")
+    add("--probe-size", None, two_or_more, "labelled images that the linear and kNN probes learn "
+        "from, a class-balanced subset of all; default those of --real-size")
     add("--knn-k", 20, count, "neighbours that vote")
     add("--knn-temperature", 0.07, number(float, 1e-3), "a vote weighs exp(cosine / temperature)")
     add("--linear-epochs", 100, count, "epochs of the offline linear probe")
@@ -996,7 +997,7 @@ def parse_options(argv=None):
     if options.eval_only:
         parser.set_defaults(**read_config(options.eval_only)["options"])
         parser.set_defaults(device="auto", data_device="auto")  # this may be another machine
-        parser.set_defaults(seeds=None)  # follows --seed
+        parser.set_defaults(seeds=None)  # those stored would contradict another --seed
     options = parser.parse_args(argv)
 
     # Resolved here, and stored resolved: "auto" would be another precision on other hardware.
@@ -1018,7 +1019,7 @@ def parse_options(argv=None):
 
     check_options(options)
     if options.eval_only:
-        options.gen_data = None  # not needed, and perhaps no longer there
+        options.gen_data = None  # perhaps no longer there (but the check needs it, for --ratio 0)
         options.gen_size = None
     if options.dry_run:
         options.dry_run = False  # from here on it is a run like any other
@@ -1220,14 +1221,15 @@ def tune_process():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --amp off means fp32 all through
     with contextlib.suppress(OSError, AttributeError):  # without glibc
-        # Keep freed memory, or every step must get its pages from the system again: below 2 GB,
-        # neither large blocks (mmap) nor the end of the heap (trim) are given back. Where an old
-        # glibc refuses the first setting, the second alone would make it slower.
+        # Keep freed memory, or every step must get its pages from the system again.
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold = -1  # the numbers of these parameters in malloc.h
         m_mmap_threshold = -3
-        if libc.mallopt(m_mmap_threshold, 2 ** 31 - 1):
-            libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
+        no_limit = 2 ** 31 - 1
+        # The first call keeps large blocks, the second the end of the heap. Where an old glibc
+        # refuses the first, the second alone would make it slower.
+        if libc.mallopt(m_mmap_threshold, no_limit):
+            libc.mallopt(m_trim_threshold, no_limit)
 
 
 def accelerate(model, apply, options):
@@ -1268,7 +1270,7 @@ def share_of_process(count):
 
 
 def gather(views):
-    """Rows for this process's views (first views first) -> for those of all, in that order as well.
+    """Rows for this process's views -> rows for those of all: all first views, then all second.
 
     Each process computes the whole loss, but has the gradient through its own views only; the sum
     over processes is the whole gradient. DistributedDataParallel divides it by WORLD, so the hook
@@ -1462,7 +1464,7 @@ class Run:
     def log_training(self, step, loss, probe_loss):
         """Log the losses of this step, and the speed."""
         self.check_finite(step, [loss, probe_loss])
-        loss = loss.item()
+        loss = loss.item()  # of the whole batch, in every process
         probe_loss = over_processes(dist.ReduceOp.SUM, probe_loss.detach()).item() / WORLD  # mean
         begun, first = self.clock
         seconds = (time.perf_counter() - begun) / max(1, step - first)
