@@ -43,6 +43,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -388,7 +389,6 @@ class TwoViews:
         moment, kind = uniform(3).sort(-1)
         factor = factor.gather(-1, kind)  # from the order 0, 1, 2 to that of `kind`
         hue_moment = uniform()
-        before_hue = moment < hue_moment
 
         blur = 1 + (uniform() * BLURS).long()  # its place in the table; at 0 is none
         solarize_prob = torch.tensor(recipe["solarize_prob"]).view(-1, 1, 1)
@@ -398,7 +398,7 @@ class TwoViews:
             flip=uniform() < recipe["flip_prob"],
             kind=kind,
             factor=factor,
-            before_hue=before_hue,
+            before_hue=moment < hue_moment,
             hue=turns,
             gray=uniform() < recipe["gray_prob"],
             blur=torch.where(uniform() < recipe["blur_prob"], blur, 0),
@@ -411,8 +411,8 @@ class TwoViews:
         crop = p["start"] * self.n + p["length"] - 1  # its place in the table
         rows = take(self.crops, crop[:, 0])  # crop: M x 2, vertical and horizontal
         columns = take(self.crops, crop[:, 1])
-        mirrored = columns.flip(1)  # columns: M x outputs x inputs
-        columns = torch.where(p["flip"][:, :, None], mirrored, columns)
+        # columns: M x outputs x inputs; a flip reverses the outputs.
+        columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)
         x = transform(rows, x, columns).clamp(0, 1)
 
         # All blends are done twice, before the hue and after it, so that hue has any place in their
@@ -583,10 +583,9 @@ def lars_direction(p, g, lr, decay):
 def build_optimizer(model, options):
     """One LARS for two groups: what learns without labels, and the probe with its own rate."""
     learned = [*model.backbone.parameters(), *model.projector.parameters()]
-    probe = model.probe.parameters()
     groups = [
         dict(params=learned, peak=options.lr, decay=options.weight_decay),
-        dict(params=probe, peak=options.probe_lr, decay=0.0)]
+        dict(params=model.probe.parameters(), peak=options.probe_lr, decay=0.0)]
     return LARS(groups, momentum=options.momentum)  # lr is set before every step
 
 
@@ -594,6 +593,7 @@ def learning_rate(step, steps, warmup, peak, start=3e-5):
     """The rate at `step` (the first is 0): linear from `start` (the paper's) to `peak`, which it
     reaches at `warmup`, then a cosine that reaches 0 at `steps`."""
     if step < warmup:
+        start = min(start, peak)
         return start + (peak - start) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (1 + math.cos(math.pi * progress)) / 2
@@ -637,14 +637,14 @@ def knn_top1(train, train_labels, test, test_labels, k, temperature):
     """Weighted kNN (Wu et al. 2018): the k nearest training images vote exp(cosine / T)."""
     train = F.normalize(train, dim=1)
     test = F.normalize(test, dim=1)
-    one_hot = F.one_hot(train_labels).float()
+    classes = int(train_labels.max()) + 1
     scores = []
     for chunk in test.split(500):
-        similarity = chunk @ train.T
-        cosine, nearest = similarity.topk(min(k, len(train)))
+        cosine, nearest = (chunk @ train.T).topk(min(k, len(train)))
         # To take out the maximum changes all votes by one factor, and none can overflow.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
-        scores.append(torch.einsum("mk,mkc->mc", weight, one_hot[nearest]))
+        one_hot = F.one_hot(train_labels[nearest], classes).float()
+        scores.append(torch.einsum("mk,mkc->mc", weight, one_hot))
     return top1(torch.cat(scores), test_labels)
 
 
@@ -765,13 +765,9 @@ def compare(options, all_data):
     results = collections.defaultdict(list)  # {row: scores for each seed}
     for seed in options.seeds:
         cells = cells_of(options, seed)
-        # Two rows without training. They are the same for every cell.
-        cell = cells["none-strong"]
-        data = choose_subsets(all_data, cell)
-        results["raw pixels"].append(probe_pixels(data, cell))
-        untrained = build_model(cell, data)
-        scores = evaluate(untrained, data, cell, choose_autocast(cell))
-        results["untrained network"].append(scores)
+        baselines = without_training(cells["none-strong"], all_data)  # the same for every cell
+        for name, scores in baselines.items():
+            results[name].append(scores)
         for name, cell in cells.items():
             say(f"\n{name}, seed {seed}")
             results[name].append(train(cell, choose_subsets(all_data, cell)))
@@ -788,6 +784,15 @@ def compare(options, all_data):
         write_json(folder / "comparison.json", dict(options=vars(options), table=table))
         write_figure(folder / "comparison.png", draw_comparison, table)
     return table
+
+
+def without_training(options, all_data):
+    """{row: scores} of raw pixels and of an untrained network (whose online probe guesses)."""
+    data = choose_subsets(all_data, options)
+    model = build_model(options, data)
+    return {
+        "raw pixels": probe_pixels(data, options),
+        "untrained network": evaluate(model, data, options, choose_autocast(options))}
 
 
 def probe_pixels(data, options):
@@ -1135,8 +1140,10 @@ def read_generated(path, size):
     if path == "fabrics":
         return demo_data().generate_fabrics(size)
     with errors_as(f"--gen-data {path}: has no whole array `image`"):
-        with np.load(path, allow_pickle=False) as archive:
-            images = archive["image"]
+        with zipfile.ZipFile(path) as archive, archive.open("image.npy") as member:
+            images = np.lib.format.read_array(member, allow_pickle=False)
+            rest = member.read()  # to the end, where zipfile compares the checksum
+            check(not rest, f"--gen-data {path}: has bytes after `image`")
     valid = images.dtype == np.uint8 and images.shape[1:] == (size, size, 3) and len(images)
     check(valid, f"--gen-data {path}: has {images.dtype} {images.shape}, not uint8 M x {size} x "
           f"{size} x 3; `download_generated.py --from-npz` converts")
@@ -1409,14 +1416,16 @@ class Run:
         self.clock = (time.perf_counter(), self.first_step)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error_type, *_):
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         if RANK == 0:
             self.log_file.close()
+        if self.signal and not error_type:  # it came in finish(), after the last step
+            raise SystemExit(128 + self.signal)
 
     def note_signal(self, number, _):
-        """Stop when after_step() comes to it; a second one of its kind stops at once."""
+        """Stop after the step, or after finish(); a second one of its kind stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1523,8 +1532,6 @@ class Run:
             write_figure(self.folder / "curves.png", draw_curves, training, evaluations)
             write_json(self.folder / "result.json", result)
         say(f"results   in {self.folder}")
-        if self.signal:  # it came after the last step
-            raise SystemExit(128 + self.signal)
         return result
 
 

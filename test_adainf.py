@@ -38,6 +38,7 @@ import threading
 import time
 import tracemalloc
 import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -673,6 +674,7 @@ def test_the_learning_rate_is_torchs_linear_warmup_and_cosine(warmup):
         sgd.step()
         schedule.step()
     assert adainf.learning_rate(10, 10, 10, peak=0.4) == 0.4
+    assert adainf.learning_rate(5, 10, 10, peak=1e-6) == 1e-6  # lower than the usual start
 
 
 # ---- 5. Evaluation -------------------------------------------------------------------------------
@@ -1239,6 +1241,19 @@ CUT = functools.partial(os.truncate, length=99)
 ZEROS = np.zeros((5, 8, 8, 3), np.uint8)
 
 
+def append_to_array(path):
+    """Such a file is whole for zip, and yet has more in it than its header says."""
+    content = io.BytesIO()
+    np.save(content, ZEROS)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("image.npy", content.getvalue() + b"\0")
+
+
+def no_array(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("image.npy", b"text")
+
+
 def flip_a_bit(path):
     """Of a pixel: only the checksum in the file tells."""
     content = bytearray(path.read_bytes())
@@ -1252,6 +1267,8 @@ def flip_a_bit(path):
     ("images/*/[ab]", shutil.rmtree, "one class only, c"),
     ("images/train/b/3.png", CUT, "3.png is no readable image"),
     ("gen.npz", CUT, "no whole array `image`"),
+    ("gen.npz", append_to_array, "gen.npz: has bytes after"),
+    ("gen.npz", no_array, "no whole array `image`"),
     ("gen.npz", flip_a_bit, "no whole array `image`"),
     ("gen.npz", lambda path: np.savez(path, image=ZEROS / 255), "gen.npz: has float64"),
     ("gen.npz", lambda path: np.savez(path, image=ZEROS.transpose(0, 3, 1, 2)), "(5, 3, 8, 8)"),
@@ -1395,7 +1412,7 @@ def test_comparison_has_the_results_of_its_cells(comparison):
     for cell in CELLS:
         runs = [folder / f"{cell}-{seed}" for seed in (0, 1)]
         results = [read_json(path / "result.json") for path in runs]
-        again = adainf.main(["--eval-only", str(runs[1])])
+        again = adainf.main(["--eval-only", str(runs[1]), "--device", "cpu"])
         for metric in adainf.METRICS:
             entry = table[cell][metric]
             assert entry["values"] == [result[metric] for result in results]
