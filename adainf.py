@@ -690,14 +690,14 @@ def offline_scores(train, test, data, options):
 def evaluate(model, data, options):
     """The METRICS of a model, in percent; if all is one class, only what needs no labels."""
     backbone = model.backbone
-    match = match_top1(backbone, data.test_images, options)
+    unlabelled = {"match_top1": match_top1(backbone, data.test_images, options)}
     if len(data.classes) == 1:
-        return {"match_top1": match}
+        return unlabelled
     train = encode(backbone, to_colours(data.train_images, options.device), options)
     test = encode(backbone, to_colours(data.test_images, options.device), options)
     online = top1(model.probe(test), data.test_labels.to(options.device))
     offline = offline_scores(train, test, data, options)
-    return {"online_top1": online} | offline | {"match_top1": match}
+    return {"online_top1": online} | offline | unlabelled
 
 
 # ---- 6. Training ---------------------------------------------------------------------------------
@@ -839,15 +839,13 @@ def spread(values):
 def print_table(table):
     say("\n" + " " * 24 + "".join(f"{metric:>18}" for metric in METRICS))
     for name, row in table.items():
-        line = f"{name:24}"
-        for metric in METRICS:
-            text = ""
-            if metric in row:
-                text = f"{row[metric]['mean']:.2f}"
-                if row[metric]["std"] is not None:
-                    text += f" +- {row[metric]['std']:5.2f}"
-            line += f"{text:>18}"
-        say(line)
+        scores = [as_score(row[metric]) if metric in row else "" for metric in METRICS]
+        say(f"{name:24}" + "".join(f"{score:>18}" for score in scores))
+
+
+def as_score(spread):
+    deviation = "" if spread["std"] is None else f" +- {spread['std']:5.2f}"
+    return f"{spread['mean']:.2f}{deviation}"
 
 
 # ==== What only operations need ===================================================================
@@ -891,47 +889,28 @@ DEMO = """--dataset fabrics --gen-data fabrics --real-size 20 --image-size 16
     --batch-size 20 --lr 0.1 --log-every 200 --compare --out runs/demo""".split()
 
 
-def within(value, low, high):
-    if not low <= value <= high:  # also refuses nan
-        raise argparse.ArgumentTypeError(f"{value} is not in {low}..{high}")
-    return value
+def number(kind, low, high=10 ** 9):
+    """A type of options: an int or a float in low..high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse shows it in its messages
+    return convert
 
 
-# Types of options; argparse shows their names in its messages.
-
-
-def count(text):
-    return within(int(text), 1, 10 ** 9)
-
-
-def whole(text):
-    return within(int(text), 0, 10 ** 9)
-
-
-def positive(text):
-    return within(float(text), 1e-9, 1e9)
-
-
-def not_negative(text):
-    return within(float(text), 0, 1e9)
-
-
-def share(text):
-    return within(float(text), 0, 1)
-
-
-def channels(text):
-    # Below 8 channels PyTorch's gradients are wrong on CPUs without AVX-512 (oneDNN issue 6035).
-    return within(int(text), 8, 1024)
-
-
-def pixels(text):
-    return within(int(text), 8, 64)
+count = number(int, 1)
+whole = number(int, 0)
+positive = number(float, 1e-9)
+not_negative = number(float, 0)
+share = number(float, 0, 1)
 
 
 def words(text):
     if not text:  # such as a variable of the shell that is not set
-        raise argparse.ArgumentTypeError("an empty string")
+        raise argparse.ArgumentTypeError("is empty")
     return text
 
 
@@ -957,7 +936,8 @@ def build_parser():
     add(group, "--dataset", words, "cifar10",
         "cifar10, cifar100, fabrics, or a folder of {train,test}/<class>/* or {train,test}.npz")
     add(group, "--data-dir", words, "data", "folder of cifar10 and cifar100")
-    add(group, "--image-size", pixels, 32, "pixels n along a side; a folder's images are resized")
+    add(group, "--image-size", number(int, 8, 64), 32,
+        "pixels n along a side; a folder's images are resized")
     add(group, "--real-size", count, None, "real images |D_d|, a balanced subset; default all")
 
     group = parser.add_argument_group("inflation")
@@ -979,7 +959,8 @@ def build_parser():
     add(group, "--flip-prob", share, None, "probability of a horizontal flip")
 
     group = parser.add_argument_group("model")
-    add(group, "--width", channels, 64, "channels of the ResNet's first stage")
+    # Below 8 channels PyTorch's gradients are wrong on CPUs without AVX-512 (oneDNN issue 6035).
+    add(group, "--width", number(int, 8), 64, "channels of the ResNet's first stage")
     add(group, "--blocks", count, [2, 2, 2, 2], "blocks of each stage", nargs="+")
     add(group, "--stem-padding", int, 1, "zeros around the image, pixels; the official code has 2",
         choices=[0, 1, 2])
