@@ -21,6 +21,7 @@ It reads from top to bottom: 1 mixing, 2 views, 3 model and loss, 4 optimiser, 5
 6 training, 7 experiments. What follows is needed to operate a run, not to understand it: helpers
 such as check(), which raises an error unless a condition holds, send(), which moves a tensor to the
 device, autocast(), which sets the precision, say(), which prints, and write(), which saves.
+(download_generated.py, beside this file, reads images from files of all kinds.)
 
 Notation: B images in a batch, so 2B views; n pixels along a side; M is any number of images.
 D_d, D_g: the real and the generated images; P_d, P_g: what they are drawn from."""
@@ -92,7 +93,8 @@ class Mixture:
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
-        copies = ratio if len(data.generated) else 1  # alone, copies would only lengthen an epoch
+        # Without generated images, copies would only lengthen an epoch.
+        copies = ratio if len(data.generated) else 1
         self.n_copied = copies * len(data.images)  # N |D_d|
         self.size = self.n_copied + len(data.generated)
         self.beta = self.n_copied / self.size
@@ -169,7 +171,7 @@ def choose_augmentation(options):
 
 
 # This is a view of one image in torchvision and Pillow. Tests compare ours with it, operation by
-# operation; they agree but for what Pillow's 8 bits round and clip (and sigma has 256 levels):
+# operation; they agree but for what Pillow's 8 bits round and clip (and our sigma is one of 256):
 #
 #     RandomResizedCrop(n, scale=(crop_min, 1), interpolation=BICUBIC)
 #     RandomApply([ColorJitter(brightness, contrast, saturation, hue)], jitter_prob)
@@ -208,13 +210,13 @@ def blur_matrices(sigma, n):
     A box averages 2 radius + 1 pixels, and counts one more at either end by a part, its edge: with
     a radius of 1 and an edge of 0.3, its weights are 0.3 1 1 1 0.3, divided by their sum (Gwosdek
     et al. 2011, "extended box filter"). Variances add, so each box has a third of sigma^2."""
-    variance = sigma.double()[:, None] ** 2 / 3  # double, as a matrix is cubed below
+    variance = sigma.double()[:, None] ** 2 / 3  # double, against rounding
     # With an edge of 0, the variance is radius (radius + 1) / 3: 2/3 for 1 1 1, 2 for five ones. So
     # take the largest radius for which that is at most the variance; the edge will add the rest.
     radius = (((12 * variance + 1).sqrt() - 1) / 2).floor()
-    # The variance is the mean of squared positions. Those that weigh 1 add up to `inner`, the two
-    # ends at radius + 1 to 2 edge (radius + 1)^2, and all weights to n_ones + 2 edge:
-    #     variance = (inner + 2 edge (radius + 1)^2) / (n_ones + 2 edge), solved for edge.
+    # The variance is a weighted mean of squared positions. In their sum, `inner` comes from the
+    # pixels of weight 1, and 2 edge (radius + 1)^2 from the two ends; the weights sum to n_ones +
+    # 2 edge. Solve variance = (inner + 2 edge (radius + 1)^2) / (n_ones + 2 edge) for edge:
     n_ones = 2 * radius + 1
     inner = radius * (radius + 1) * n_ones / 3
     edge = (variance * n_ones - inner) / (2 * ((radius + 1) ** 2 - variance))
@@ -222,7 +224,7 @@ def blur_matrices(sigma, n):
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
     weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
-    # Beyond an edge, the last pixel repeats. So output i of box m is the sum over k of weight[m, k]
+    # Beyond the border, the last pixel repeats. So output i of box m is the sum over k of weight[m, k]
     # times the image at pixel[i, k]. Several k may fall on one pixel j, and their weights add up.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)  # n x offsets
     falls_on = F.one_hot(pixel, n).double()  # [i, k, j]: 1 if that pixel is j
@@ -269,9 +271,10 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the kinds of colour jitter
 def jitter(x, kind, amount):
     """One operation of colour jitter on every image, each of its own kind: kind, amount: M.
 
-    HUE turns hues by the amount. The others blend an image with a target, target + amount
-    (x - target): an amount of 1 gives x, 0 the target, and 2 exaggerates. The target is black for
-    BRIGHTNESS, the mean grey of the image for CONTRAST, the grey image for SATURATION."""
+    HUE turns hues by the amount. The others blend an image with a target:
+        target + amount * (x - target), so that 1 gives x, 0 the target, and 2 exaggerates.
+    The target is black for BRIGHTNESS, the mean grey of the image for CONTRAST, the grey image for
+    SATURATION."""
     kind = kind.view(-1, 1, 1, 1)
     amount = amount.view(-1, 1, 1, 1)
     gray = grayscale(x)
@@ -323,9 +326,8 @@ class TwoViews:
     def __call__(self, images, step):
         """uint8 B x n x n x 3 -> float 2B x 3 x n x n, colours in 0..1, all first views first."""
         stream = random_stream(self.seed, VIEWS, step)
-        parameters = self.draw(stream, 2 * len(images))
-        for name, value in parameters.items():
-            parameters[name] = send(value, self.device)
+        drawn = self.draw(stream, 2 * len(images))
+        parameters = {name: send(value, self.device) for name, value in drawn.items()}
         return self.apply(images.repeat(2, 1, 1, 1), parameters)
 
     def draw(self, stream, count):
@@ -349,7 +351,7 @@ class TwoViews:
         kind = uniform(4).argsort(-1)
         amount = amount.gather(-1, kind)
 
-        blur = 1 + (uniform() * BLURS).long()  # its place in the table; at 0 is none
+        blur = 1 + (uniform() * BLURS).long()  # its place in the table; 0 is no blur
         return dict(
             start=start,
             length=length,
@@ -540,7 +542,8 @@ def lars_directions(weights, lr, decay):
 
     The trust ratio is r = min(1, eta |p| / (|g| + decay |p| + eps) / lr). If it is 1, that is SGD
     with weight decay. If it is less, the step lr d has a length of at most eta |p|, whatever lr is.
-    As in the official code, d = g if p = 0 (else r would be 0, and p could never change) or g = 0.
+    As in the official code, d = g if p or g is 0: if p is 0, r is 1, as with r = 0 it could never
+    change; if g is 0, r is 0, so that there is no decay either.
     (torch._foreach_... does something with every tensor of a list, on a GPU with all at once.)"""
     gradients = [p.grad for p in weights]
     p_norm = torch.stack(torch._foreach_norm(weights))
@@ -548,7 +551,7 @@ def lars_directions(weights, lr, decay):
     ratio = ETA * p_norm / (g_norm + decay * p_norm + EPS) / lr
     ratio = ratio.clamp(max=1)
     ratio = torch.where(p_norm > 0, ratio, 1.0)
-    ratio = torch.where(g_norm > 0, ratio, 0.0)  # no decay, either
+    ratio = torch.where(g_norm > 0, ratio, 0.0)
 
     torch._foreach_add_(gradients, weights, alpha=decay)
     torch._foreach_mul_(gradients, ratio.unbind())
@@ -557,8 +560,8 @@ def lars_directions(weights, lr, decay):
 def build_optimizer(model, options):
     """One LARS for two groups: what learns without labels, and the probe with its own rate.
 
-    Each group has a `decay` for LARS. (A `weight_decay` SGD itself would add, without the ratio.)
-    Before every step set_learning_rates() makes lr from `peak`."""
+    Each group has a `decay` for LARS. (It is not called `weight_decay`, as SGD would add that
+    itself, without the ratio.) Before every step set_learning_rates() makes lr from `peak`."""
     learned = [*model.backbone.parameters(), *model.projector.parameters()]
     groups = [
         dict(params=learned, peak=options.lr, decay=options.weight_decay),
@@ -598,7 +601,7 @@ def to_colours(images, device):
 
 @torch.no_grad()
 def encode(backbone, batches, options):
-    """Batches of colours, ... x 3 x n x n in 0..1 -> features of all their images, in fp32."""
+    """Batches of colours in 0..1, M x 3 x n x n -> features of all their images, in fp32."""
     was_training = backbone.training
     backbone.eval()
     features = []
@@ -634,8 +637,8 @@ def linear_top1(train, train_labels, test, test_labels, epochs, lr, seed, batch_
     """Offline linear probe: softmax regression on standardised features.
 
     SGD with momentum 0.9, a cosine schedule and no weight decay, from zero weights. The number of
-    epochs stops it before the optimum, where test images usually fare worse if labels are few. The
-    batches of an epoch are of equal size, as a small last one would still make a full step."""
+    epochs stops it early: with few labels, the optimum is usually worse on test images. The batches
+    of an epoch are of equal size, as a small last one would still make a full step."""
     mean = train.mean(0)
     std = train.std(0) + 1e-6
     train = (train - mean) / std
@@ -670,8 +673,7 @@ def match_top1(backbone, images, options):
     """How often the nearest view of a view is the other view of its image, by cosine of features.
 
     Needs no labels. It is what SimCLR learns, measured on a thousand images that training has not
-    seen, and always by weak views, whatever a run has trained with, so that runs can be compared.
-    (By strong views it would say little; on the training images, too.)"""
+    seen, and by weak views whatever a run has trained with, so that runs can be compared."""
     two_views = TwoViews(WEAK, options.image_size, options.seed, options.device)
     views = two_views(spaced(images, 1000).to(options.device), step=0)
     return top1(*match(encode(backbone, views.split(1000), options)))
@@ -731,7 +733,7 @@ def train(options, data):
     optimizer = build_optimizer(model, options)
     scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first_step, lines = load_checkpoint(options, data, state)
+    first_step, lines = load_checkpoint(options, data, state)  # fills state; lines: the log so far
     facts = dict(
         seed=options.seed,
         n_real=len(data.images),
@@ -745,13 +747,13 @@ def train(options, data):
     with stop_signals() as stop:
         for step in range(first_step, options.steps):
             if step == first_step + 1:
-                timed_from = time.perf_counter()  # once more, as the first step may have compiled
+                timed_from = time.perf_counter()  # anew, as the first step may have compiled
             losses = training_step(step, mixture, two_views, network, optimizer, scaler, options)
 
             done = step + 1
             last = done == options.steps
             if last or done % options.log_every == 0:
-                timed = max(1, step - first_step)  # steps since timed_from
+                timed = max(1, step - first_step)  # steps, without the first
                 log_training(options, lines, done, losses, optimizer, timed_from, timed)
             if done % options.eval_every == 0 and not last:
                 log(options, lines, step=done, **evaluate(model, data, options))
@@ -797,8 +799,7 @@ def compare(options, all_data):
     results = collections.defaultdict(list)  # {row: scores for each seed}
     for seed in seeds:
         cells = cells_of(options, seed)
-        baselines = without_training(cells["none-strong"], all_data)  # the same for every cell
-        for name, scores in baselines.items():
+        for name, scores in without_training(cells["none-strong"], all_data).items():
             results[name].append(scores)
         for name, cell in cells.items():
             say(f"\n{name}, seed {seed}")
@@ -917,7 +918,7 @@ def words(text):
 def add(group, name, kind, default, text, **more):
     """Add an option to a group of the parser; its help text ends with its default."""
     key = name[2:].replace("-", "_")
-    if key in STRONG:  # it has two, one of each recipe
+    if key in STRONG:  # it has two defaults, one of each recipe
         text += f" (strong: {STRONG[key]}, weak: {WEAK[key]})"
     elif default is not None:
         text += " (default: %(default)s)"
@@ -1032,7 +1033,7 @@ def parse_options(argv=None):
 
 def check_options(options):
     """Refuse values that do not go together. Raises InputError."""
-    # In bf16, PyTorch's gradient of a convolution with stride 2 of a 1 x 1 map is not defined.
+    # No stage may halve a 1 x 1 map: PyTorch's gradient for that can be wrong, in bf16.
     check(2 ** (len(options.blocks) - 1) <= options.image_size,
           f"--blocks: {len(options.blocks)} stages halve {options.image_size} pixels below one")
     if not options.gen_data:
@@ -1044,8 +1045,8 @@ def check_options(options):
     check(options.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: PyTorch finds no GPU here")
     check(RANK < WORLD, f"the environment has RANK={RANK}, but not its WORLD_SIZE: unset it")
-    check(2 * options.batch_size % WORLD == 0,
-          f"--batch-size {options.batch_size}: {WORLD} processes cannot share its views equally")
+    check(options.batch_size % WORLD == 0,
+          f"--batch-size {options.batch_size}: {WORLD} processes cannot share it equally")
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -1172,7 +1173,7 @@ def accelerate(model, two_views, options):
         torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is
         two_views.apply = torch.compile(two_views.apply)
     if WORLD > 1:
-        return SharedNetwork(model, options.device)  # SyncBatchNorm would break up what is compiled
+        return SharedNetwork(model, options.device)  # eager: SyncBatchNorm cannot be compiled well
     if options.compile:
         model.compile()  # in place, so that names in the state dict stay clean
     return model
@@ -1221,7 +1222,7 @@ def highest(number, device):
 def stop_signals():
     """A list to which a signal adds its number; a second one of its kind stops at once.
 
-    Of Ctrl-C, of torchrun and job schedulers, and of a terminal that is closed."""
+    Signals come from Ctrl-C, torchrun, job schedulers, and a terminal that is closed."""
     received = []
 
     def note(number, _):
@@ -1264,20 +1265,19 @@ def leave(number, done):
 # First save, then speak: a line that cannot be printed, or a picture that fails, stops no run.
 
 # These options may differ when a run goes on, as its weights do not depend on them (but for
-# rounding).
+# rounding). Data sets may have been moved; decisive() knows their images.
 MAY_CHANGE = ("dataset", "data_dir", "gen_data", "out", "device", "compile", "log_every",
               "save_every", "eval_every", "knn_k", "knn_temperature", "linear_epochs", "linear_lr",
               "compare", "seeds", "demo")
 
 
 def decisive(options, data):
-    """{what: value} of all that a run's weights depend on. For images, which may have been moved,
-    stand their number and a sum."""
+    """{what: value} of what a run's weights depend on; of images, their number and a sum."""
     found = {f"--{name.replace('_', '-')}": value
              for name, value in vars(options).items() if name not in MAY_CHANGE}
     for name, images in (("real", data.images), ("generated", data.generated)):
-        found[f"a number of {name} images of"] = len(images)
-        found[f"{name} images of the sum"] = int(spaced(images, 1000).sum())
+        found[f"number of {name} images"] = len(images)
+        found[f"sum of some {name} images"] = int(spaced(images, 1000).sum())
     return found
 
 
@@ -1345,8 +1345,8 @@ def load_checkpoint(options, data, state):
             checkpoint = read_tensors(path)
             for what, value in decisive(options, data).items():
                 before = checkpoint["decisive"].get(what)
-                check(before == value, f"--out {options.out}: was begun with {what} {before}, "
-                      f"not {value}; go on as it began, or choose a new --out")
+                check(before == value, f"--out {options.out}: was begun with {what} = "
+                      f"{before}, not {value}; go on as it began, or choose a new --out")
             for name, part in state.items():
                 part.load_state_dict(checkpoint[name])
             step, lines = checkpoint["step"], checkpoint["lines"]
@@ -1397,8 +1397,8 @@ def as_text(record):
 
 
 def log_training(options, lines, step, losses, optimizer, timed_from, timed):
-    """Log the losses of a step, and the mean speed of the `timed` steps since `timed_from`, with
-    their evaluations."""
+    """Log the losses of a step, and the mean speed of the `timed` steps since `timed_from` (with
+    the time for evaluations)."""
     check_finite(losses, step)
     loss, probe_loss = losses
     seconds = (time.perf_counter() - timed_from) / timed
@@ -1449,7 +1449,7 @@ def write_picture(path, picture, *content):
         file = io.BytesIO()
         picture(file, *content)
         write(path, file.getvalue())
-    except Exception as error:  # such as no matplotlib, or a backend for notebooks without them
+    except Exception as error:  # such as no matplotlib, or its backend for notebooks elsewhere
         say(f"note: no {path.name} ({one_line(error)})")
 
 
