@@ -224,8 +224,9 @@ def blur_matrices(sigma, n):
     reach = int(radius.max()) + 1
     offset = torch.arange(-reach, reach + 1)
     weight = (radius + edge + 1 - offset.abs()).clamp(0, 1)  # 1 up to radius, then edge, then 0
-    # Beyond the border, the last pixel repeats. So output i of box m is the sum over k of weight[m, k]
-    # times the image at pixel[i, k]. Several k may fall on one pixel j, and their weights add up.
+    # Beyond the border, the last pixel repeats. So output i of box m is the sum over k of
+    # weight[m, k] times the image at pixel[i, k]. Several k may fall on one pixel j, and their
+    # weights add up.
     pixel = (torch.arange(n)[:, None] + offset).clamp(0, n - 1)  # n x offsets
     falls_on = F.one_hot(pixel, n).double()  # [i, k, j]: 1 if that pixel is j
     box = torch.einsum("mk,ikj->mij", weight, falls_on)
@@ -943,7 +944,7 @@ def build_parser():
 
     group = parser.add_argument_group("inflation")
     add(group, "--gen-data", words, None,
-        "generated images: an npz file, `image` uint8 M x n x n x 3 RGB")
+        "generated images: an npz file, `image` uint8 M x n x n x 3 RGB; or fabrics")
     add(group, "--gen-size", count, None, "generated images |D_g|, a random subset; default all")
     add(group, "--ratio", whole, 10,
         "weight N of a real image against a generated one; 0: no real images")
@@ -1054,6 +1055,7 @@ def check_options(options):
 
 def load_data(options):
     """Data with all images of --dataset and --gen-data. Raises InputError."""
+    say("reading the images")
     if options.dataset in ("cifar10", "cifar100"):
         train, test, classes = read_cifar(options)
     else:
@@ -1092,9 +1094,9 @@ def read_cifar(options):
           f"--image-size {options.image_size}: {name} has 32 x 32 pixels; leave the option out")
     dataset = getattr(torchvision.datasets, name.upper())
     folder = Path(options.data_dir)
-    with errors_as(f"--dataset {name}: is not whole in {folder / dataset.base_folder}; `python "
-                   f"download_generated.py {name} --data-dir '{folder}'` gets it",
-                   (OSError, RuntimeError)):
+    with errors_as(f"--dataset {name}: is not whole in {folder / dataset.base_folder}; put "
+                   f"{dataset.filename} into {folder}, or get it by `python download_generated.py "
+                   f"{name} --data-dir '{folder}'`", (OSError, RuntimeError)):
         # torchvision checks the md5 before it unpickles. Several processes would all download into
         # one file, so they do not.
         sets = [dataset(folder, train, download=WORLD == 1) for train in (True, False)]
@@ -1371,8 +1373,9 @@ def start_run(options, data, lines, facts, mixture, two_views):
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     found = "" if torch.cuda.is_available() else " (no GPU was found)"
     say(as_text(facts))
-    say(f"{options.steps:,} steps of {options.batch_size} images, {mixture.steps_per_epoch:,} an "
-        f"epoch; {WORLD} x {device}{found}, AMP {options.amp}; in {options.out}")
+    say(f"{options.steps:,} steps of {options.batch_size} images, an epoch has "
+        f"{mixture.steps_per_epoch:,}; {WORLD} x {device}{found}, AMP {options.amp}; "
+        f"in {options.out}")
     folder = Path(options.out)
     with errors_as(f"--out {folder}: cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1473,8 +1476,8 @@ def two_panels(file, fill, *content):
 
 def fill_curves(left, right, training, evaluations):
     """Loss and scores over the steps of a run."""
-    left.plot([line["step"] for line in training], [line["loss"] for line in training])
-    left.set(xlabel="step", ylabel="NT-Xent")
+    left.plot([line["step"] for line in training], [line["loss"] for line in training], ".-")
+    left.set(xlabel="step", ylabel="loss")
     steps = [line["step"] for line in evaluations]
     for metric in METRICS:
         if metric in evaluations[0]:

@@ -668,7 +668,7 @@ def run(options):
     elif options.inspect:
         inspect(options.inspect, options.out or Path(f"{options.inspect}.png"))
     elif not options.out or options.out.exists() and not options.force:
-        raise Problem(f"--out {options.out}: name a new file, or --force to replace it", 2)
+        raise Problem(f"--out {options.out or ''}: name a new file, or --force to replace it", 2)
     elif size is not None and not 0 < size <= 4096:
         raise Problem(f"--size {size}: 1 to 4096 pixels a side", 2)
     elif not 0 < abs(black - white) < math.inf:
@@ -703,6 +703,8 @@ def read_dataset(name, size):
     if name == "fabrics":
         return fabrics(size)
     folder = Path(name)
+    if not folder.is_dir():
+        raise Problem(f"{name}: {describe(name)}; give fabrics, cifar10, cifar100 or a folder", 2)
     if (folder / "train.npz").exists():
         train, test = [read_labelled(folder / f"{split}.npz", size) for split in ("train", "test")]
         return train, test, [str(label) for label in range(train[1].max() + 1)]
@@ -711,8 +713,8 @@ def read_dataset(name, size):
     tests = [files_by_class(folder / split) for split in ("test", "val", "valid")]
     tests = [test for test in tests if files and sorted(test) == sorted(files)]
     if not tests:
-        raise Problem(f"{name}: {describe(name)}, without images train/<class>/* and test/<class>/*"
-                      " (or val, or valid) of the same classes, or train.npz and test.npz", 2)
+        raise Problem(f"{name}: has no images train/<class>/* and test/<class>/* (or val, or valid)"
+                      " of the same classes, nor train.npz and test.npz", 2)
     return read_classes(files, size), read_classes(tests[0], size), sorted(files)
 
 
@@ -757,13 +759,15 @@ def read_generated(path, size):
     """`image` of an npz file, uint8 N x size x size x 3, or "fabrics". Raises Problem."""
     if path == "fabrics":
         return generate_fabrics(size)
+    if not Path(path).exists():
+        raise Problem(f"{path}: does not exist; --list shows what can be downloaded", 2)
     try:
         images = read_array(path, "image", np.uint8, (size, size, 3))
     except Exception as error:
         # A damaged file can fail in any way.
         raise Problem(f"{path}: {describe(path)}, but `image` uint8 N x {size} x {size} x 3 is "
                       f"needed ({error}); `python download_generated.py --convert '{path}' --size "
-                      f"{size} --out data/converted.npz` makes that", 2) from None
+                      f"{size} --out data/{Path(path).stem}-{size}.npz` makes that", 2) from None
     return refuse_blank(images, path)
 
 
