@@ -762,6 +762,8 @@ def read_generated(path, size):
     if not Path(path).exists():
         raise Problem(f"{path}: does not exist; --list shows what can be downloaded", 2)
     try:
+        if not Path(path).is_file():
+            raise ValueError("no file")
         images = read_array(path, "image", np.uint8, (size, size, 3))
     except Exception as error:
         # A damaged file can fail in any way.

@@ -6,13 +6,11 @@
 The first part holds the method against something simpler, in the order of adainf.py: a loop, a
 formula, or what torchvision and Pillow compute. Docstrings say what mistake a test would catch."""
 
-import contextlib
 import copy
 import functools
 import hashlib
 import http.client
 import http.server
-import importlib
 import io
 import itertools
 import json
@@ -25,7 +23,6 @@ import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -45,9 +42,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
-from PIL import ImageFilter
-from PIL import ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torch.optim import lr_scheduler
 from torchvision import transforms
@@ -61,15 +56,7 @@ from assets import theory
 
 def make_data(images, labels, generated):
     """Data whose real images also serve the probes and the test."""
-    return adainf.Data(
-        images=images,
-        labels=labels,
-        generated=generated,
-        train_images=images,
-        train_labels=labels,
-        test_images=images,
-        test_labels=labels,
-        classes=["a", "b", "c"])
+    return adainf.Data(images, labels, generated, images, labels, images, labels, ["a", "b", "c"])
 
 
 def make_mixture(ratio, batch_size, seed=0, n_generated=30):
@@ -80,10 +67,7 @@ def make_mixture(ratio, batch_size, seed=0, n_generated=30):
     return adainf.Mixture(data, ratio, batch_size, seed)
 
 
-@pytest.mark.parametrize("ratio, n_generated, copies", [
-    (0, 30, 0),
-    (3, 30, 3),
-    (3, 0, 1)])
+@pytest.mark.parametrize("ratio, n_generated, copies", [(0, 30, 0), (3, 30, 3), (3, 0, 1)])
 def test_an_epoch_has_each_real_image_n_times(ratio, n_generated, copies):
     """And each generated one once, which has no label. Alone, real images are not copied."""
     mixture = make_mixture(ratio, batch_size=6, n_generated=n_generated)
@@ -97,11 +81,9 @@ def test_an_epoch_has_each_real_image_n_times(ratio, n_generated, copies):
     assert sorted(numbers) == sorted(expected)
     assert mixture.beta == 6 * copies / len(expected)
 
-
-def test_a_batch_larger_than_an_epoch_is_refused():
-    make_mixture(1, batch_size=36)
-    with pytest.raises(adainf.InputError, match="batch-size 37"):
-        make_mixture(1, batch_size=37)
+    make_mixture(ratio, len(expected), n_generated=n_generated)
+    with pytest.raises(adainf.InputError, match="--batch-size"):
+        make_mixture(ratio, len(expected) + 1, n_generated=n_generated)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
@@ -121,21 +103,17 @@ def test_the_random_numbers_of_views_depend_on_seed_and_step_alone():
     two_views.apply = lambda images, p: p
     p = two_views(IMAGES, step=5)
     expected = two_views.draw(np.random.default_rng((7, adainf.VIEWS, 5)), 48)
-    for name in expected:
-        assert p[name].equal(expected[name])
-        assert len(p[name]) == 48
+    assert all(p[name].equal(expected[name]) for name in expected)
 
 
 # ---- 2. Views: each operation --------------------------------------------------------------------
 
 # Everything happens in these views, and nothing as often or as much as anything else.
-MIXED = dict(
-    crop_min=0.08,
-    jitter_prob=0.6,
-    jitter=(0.8, 0.4, 1.5, 0.2),
-    gray_prob=0.2,
-    blur_prob=0.5,
-    flip_prob=0.4)
+MIXED = dict(crop_min=0.08, jitter_prob=0.6, jitter=(0.8, 0.4, 1.5, 0.2), gray_prob=0.2,
+             blur_prob=0.5, flip_prob=0.4)
+# Nothing happens in these.
+STILL = dict.fromkeys(MIXED, 0.0) | dict(crop_min=1.0, jitter=(0.0, 0.0, 0.0, 0.0))
+BICUBIC = TF.InterpolationMode.BICUBIC
 
 
 def make_views(augmentation=MIXED, n=32, seed=0):
@@ -153,7 +131,6 @@ def make_images():
     return torch.cat([flat, noise, smooth]).byte()
 
 
-BICUBIC = TF.InterpolationMode.BICUBIC
 IMAGES = make_images()
 PILLOW_IMAGES = [Image.fromarray(image.numpy()) for image in IMAGES]
 X = IMAGES.permute(0, 3, 1, 2).float() / 255  # as torchvision takes them
@@ -169,16 +146,9 @@ def greatest(difference):
 
 def view_with(**changes):
     """A view of each of IMAGES by parameters that change nothing, except for `changes`."""
-    row = dict(
-        start=[0, 0],
-        length=[32, 32],
-        flip=[False],
-        kind=[0, 1, 2, 3],
-        amount=[1.0, 1.0, 1.0, 0.0],
-        gray=[False],
-        blur=[0])
-    row.update(changes)
-    p = {name: torch.tensor(value).expand(24, -1) for name, value in row.items()}
+    row = dict(start=[0, 0], length=[32, 32], flip=[False], kind=[0, 1, 2, 3],
+               amount=[1.0, 1.0, 1.0, 0.0], gray=[False], blur=[0])
+    p = {name: torch.tensor(value).expand(24, -1) for name, value in (row | changes).items()}
     return make_views().apply(IMAGES, p)
 
 
@@ -187,32 +157,24 @@ def crop(image, start, length):
     return TF.resized_crop(image, *start, *length, [32, 32], BICUBIC)
 
 
+BOX = crop(X, [3, 7], [20, 9]).clamp(0, 1)  # bicubic overshoots
+
+
 @pytest.mark.parametrize("changes, expected", [
     (dict(amount=[1.8, 1.0, 1.0, 0.0]), TF.adjust_brightness(X, 1.8)),
     (dict(amount=[1.0, 0.2, 1.0, 0.0]), TF.adjust_contrast(X, 0.2)),
     (dict(amount=[1.0, 1.0, 1.8, 0.0]), TF.adjust_saturation(X, 1.8)),
     (dict(amount=[1.0, 1.0, 1.0, -0.2]), TF.adjust_hue(X, -0.2)),
     (dict(gray=[True]), TF.rgb_to_grayscale(X, 3)),
+    (dict(start=[3, 7], length=[20, 9], flip=[True]), TF.hflip(BOX)),
+    (dict(start=[31, 31], length=[1, 1]), crop(X, [31, 31], [1, 1])),
     (dict(start=[3, 7], length=[20, 9], kind=[1, 3, 0, 2], amount=[0.4, 0.0, 1.0, 1.0]),
-     TF.adjust_contrast(crop(X, [3, 7], [20, 9]).clamp(0, 1), 0.4))])
+     TF.adjust_contrast(BOX, 0.4))])
 def test_each_operation_is_torchvisions(changes, expected):
-    """Catches other luma weights, contrast around the mean colour, a hue that runs backwards, and
-    a crop beyond 0..1 (bicubic overshoots), whose mean grey is another."""
+    """Catches other luma weights, contrast around the mean colour, a hue that runs backwards, a
+    crop of pixels from outside its box, of swapped axes, flipped before it, or beyond 0..1, whose
+    mean grey is another."""
     assert greatest(view_with(**changes) - expected) < 2e-5
-
-
-@pytest.mark.parametrize("start, length, flip", [
-    ((3, 7), (20, 9), True),
-    ((31, 31), (1, 1), False)])
-def test_crop_and_flip(start, length, flip):
-    """Catches pixels from outside the box, swapped axes, half a pixel off, a flip before it."""
-    view = view_with(start=start, length=length, flip=[flip])
-    if flip:
-        view = TF.hflip(view)
-    exact = crop(X, start, length).clamp(0, 1)
-    rounded = from_pillow([crop(image, start, length) for image in PILLOW_IMAGES])
-    assert greatest(view - exact) < 1e-4
-    assert (view - rounded).abs().mean() < 0.5 / 255
 
 
 def sigma_of(level):
@@ -235,9 +197,7 @@ def test_blur_is_pillows_by_the_sigma_of_its_level(level):
 
 def test_views_are_colours_and_all_first_views_come_first():
     """Catches views in the order a1 a2 b1 b2, of which NT-Xent would take other pairs."""
-    never = dict.fromkeys(MIXED, 0.0)
-    recipe = never | dict(crop_min=1.0, jitter=(0.0, 0.0, 0.0, 0.0))
-    views = make_views(recipe)(IMAGES, step=0)
+    views = make_views(STILL)(IMAGES, step=0)
     assert greatest(views - torch.cat([X, X])) < 1e-5
     assert views.dtype == torch.float32
     assert views.is_contiguous(memory_format=torch.channels_last)
@@ -263,8 +223,7 @@ def same_distribution(one, other):
     below_of_one = np.searchsorted(np.sort(one), values, "right") / len(one)
     below_of_other = np.searchsorted(np.sort(other), values, "right") / len(other)
     distance = np.abs(below_of_one - below_of_other).max()
-    deviation = math.sqrt(1 / len(one) + 1 / len(other))
-    return distance < 2.7 * deviation
+    return distance < 2.7 * math.sqrt(1 / len(one) + 1 / len(other))
 
 
 def is_share(happened, probability):
@@ -288,7 +247,8 @@ def test_boxes_are_distributed_as_torchvisions(p):
 
 
 def test_jitter_is_distributed_as_torchvisions_or_does_nothing(p):
-    """Catches a factor of another operation, one below 0, a hue that hangs on jitter_prob."""
+    """Catches a factor of another operation, one below 0, a hue that hangs on jitter_prob, and
+    orders that are not equally frequent."""
     ours = amounts_of(p)
     jittered = (ours != torch.tensor([1, 1, 1, 0])).any(dim=1)
     assert is_share(jittered, MIXED["jitter_prob"])
@@ -299,9 +259,6 @@ def test_jitter_is_distributed_as_torchvisions_or_does_nothing(p):
     theirs = [jitter.get_params(*ranges)[1:] for _ in range(10_000)]
     for one, other in zip(ours[jittered].T, np.array(theirs).T):
         assert same_distribution(one, other)
-
-
-def test_the_order_of_colour_jitter_is_uniform(p):
     for kind in itertools.permutations(range(4)):
         assert is_share((p["kind"] == torch.tensor(kind)).all(dim=1), 1 / 24)
 
@@ -312,14 +269,13 @@ def test_probabilities_are_those_of_the_recipe_in_each_view(p):
         assert is_share(p["flip"][view], MIXED["flip_prob"])
         assert is_share(p["gray"][view], MIXED["gray_prob"])
         assert is_share(p["blur"][view] > 0, MIXED["blur_prob"])
-
     levels = p["blur"][p["blur"] > 0]
     assert same_distribution(levels, np.tile(np.arange(1, 257), 100))
+    assert levels.unique().tolist() == [*range(1, 257)]
 
 
 def test_parameters_are_independent_of_each_other_and_of_those_of_other_views(p):
     """Catches one random number for two parameters, for both views, for neighbouring images."""
-    blurred = p["blur"] > 0
     columns = [
         p["length"].prod(dim=1, keepdim=True),
         (p["start"] + 0.5) / (33 - p["length"]),  # has the mean 0.5, whatever the length
@@ -327,8 +283,8 @@ def test_parameters_are_independent_of_each_other_and_of_those_of_other_views(p)
         amounts_of(p),
         p["kind"].argmax(dim=1, keepdim=True),
         p["gray"],
-        blurred,
-        torch.where(blurred, p["blur"] - 128.5, 0)]
+        p["blur"] > 0,
+        torch.where(p["blur"] > 0, p["blur"] - 128.5, 0)]
     first, second = torch.cat(columns, dim=1).double().chunk(2)
     neighbour = first.roll(1, dims=0)
     together = torch.cat([first, second, neighbour], dim=1)
@@ -343,8 +299,8 @@ def test_the_ends_of_the_uniform_distribution_give_valid_parameters():
         return largest * stream.integers(2, size=shape).astype(kind)
 
     stream = np.random.default_rng(0)
-    recipe = MIXED | dict(crop_min=1e-3)
-    p = make_views(recipe, n=8).draw(SimpleNamespace(random=random), 50_000)
+    views = make_views(MIXED | dict(crop_min=1e-3), n=8)
+    p = views.draw(SimpleNamespace(random=random), 50_000)
     assert p["start"].min() >= 0
     assert p["length"].min() >= 1
     assert (p["start"] + p["length"]).max() <= 8
@@ -357,19 +313,14 @@ def test_the_ends_of_the_uniform_distribution_give_valid_parameters():
 def pillow_view(image, p):
     """The reference: a chain of torchvision's and Pillow's operations for one view."""
     image = crop(image, p["start"], p["length"])
-
     jitter = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     for kind, amount in zip(p["kind"], p["amount"]):
         image = jitter[kind](image, amount)
-
     if p["gray"] == [True]:
         image = TF.to_grayscale(image, 3)
     if p["blur"] != [0]:
-        sigma = sigma_of(*p["blur"])
-        image = image.filter(ImageFilter.GaussianBlur(sigma))
-    if p["flip"] == [True]:
-        image = TF.hflip(image)
-    return image
+        image = image.filter(ImageFilter.GaussianBlur(sigma_of(*p["blur"])))
+    return TF.hflip(image) if p["flip"] == [True] else image
 
 
 def test_whole_views_equal_a_chain_of_pillow_operations():
@@ -409,10 +360,9 @@ def random_tensor(*shape, seed=0):
 def loop_nt_xent(projections, temperature):
     """NT-Xent by its definition, in float64."""
     views = [row / row.norm() for row in projections.double()]
-    images = len(views) // 2
     total = 0
     for i, view in enumerate(views):
-        partner = (i + images) % len(views)
+        partner = (i + len(views) // 2) % len(views)
         scores = [torch.exp(view @ other / temperature) for other in views]
         candidates = sum(scores) - scores[i]
         total -= torch.log(scores[partner] / candidates)
@@ -421,8 +371,7 @@ def loop_nt_xent(projections, temperature):
 
 def test_nt_xent_and_its_gradient_equal_a_double_loop():
     """Catches a view as its own candidate, wrong pairs, products in less than fp32."""
-    projections = random_tensor(14, 5).bfloat16().float()
-    projections.requires_grad_()
+    projections = random_tensor(14, 5).bfloat16().float().requires_grad_()
     loss = adainf.nt_xent(projections, 0.2)
     expected = loop_nt_xent(projections, 0.2)
     assert greatest(loss - expected) < 1e-5
@@ -436,14 +385,10 @@ def test_nt_xent_and_its_gradient_equal_a_double_loop():
 def test_probe_loss_is_the_mean_over_both_views_of_real_images():
     """Catches a mean over all images, which would shrink with the share of real ones, and nan."""
     logits = random_tensor(8, 3)
-    labels = torch.tensor([2, -1, -1, 1])
-    loss = adainf.cross_entropy_of_real(logits, labels)
-    real_logits = logits[[0, 3, 4, 7]]
-    expected = F.cross_entropy(real_logits, torch.tensor([2, 1, 2, 1]))
+    loss = adainf.cross_entropy_of_real(logits, torch.tensor([2, -1, -1, 1]))
+    expected = F.cross_entropy(logits[[0, 3, 4, 7]], torch.tensor([2, 1, 2, 1]))
     torch.testing.assert_close(loss, expected)
-
-    no_labels = torch.full((4,), -1)
-    assert adainf.cross_entropy_of_real(logits, no_labels) == 0
+    assert adainf.cross_entropy_of_real(logits, torch.full((4,), -1)) == 0
 
 
 @pytest.fixture
@@ -469,24 +414,14 @@ def test_the_probe_only_watches(model):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_projector_is_simclrs():
-    options = adainf.build_parser().parse_args([])
-    projector = adainf.SimCLR(options, classes=10).projector
-    assert [type(layer) for layer in projector] == [nn.Linear, nn.ReLU, nn.Linear]
-    shapes = [tuple(p.shape) for p in projector.parameters()]
-    assert shapes == [(2048, 512), (2048,), (256, 2048), (256,)]
-
-
 def test_first_weights_depend_on_the_seed_alone(options):
-    data = make_data(IMAGES, None, IMAGES)
-    weights = []
-    for seed in (0, 0, 1):
+    def weights(seed):
         options.seed = seed
-        model = adainf.build_model(options, data)
-        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    first, same, other = weights
-    assert first.equal(same)
-    assert not first.equal(other)
+        model = adainf.build_model(options, make_data(IMAGES, None, IMAGES))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert weights(0).equal(weights(0))
+    assert not weights(0).equal(weights(1))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -507,29 +442,31 @@ def test_the_resnet_is_torchvisions_but_for_the_stem(training):
             value += torch.rand_like(value)  # batch norm is no identity
 
     mean, std = random_tensor(2, 3, 1, 1).double().exp()
-    statistics_too = theirs.state_dict() | dict(mean=mean, std=std)
-    ours.load_state_dict(statistics_too)  # refuses other names and shapes
+    ours.load_state_dict(theirs.state_dict() | dict(mean=mean, std=std))  # names and shapes, too
     colours = random_tensor(4, 3, 16, 16).double()
     torch.testing.assert_close(ours(colours), theirs((colours - mean) / std))
-    statistics_too = theirs.state_dict() | dict(mean=mean, std=std)
-    torch.testing.assert_close(ours.state_dict(), statistics_too)  # running statistics, too
+    statistics_too = theirs.state_dict() | dict(mean=mean, std=std)  # the running ones
+    torch.testing.assert_close(ours.state_dict(), statistics_too)
 
 
-def test_blocks_and_stem_padding_decide_stages_and_sizes():
-    backbone = adainf.ResNet(width=8, blocks=(1, 2, 1), stem_padding=2)
+def test_options_decide_the_sizes_of_the_network():
+    words = "--width 8 --blocks 1 2 1 --stem-padding 2".split()
+    model = adainf.SimCLR(adainf.build_parser().parse_args(words), classes=10)
     x = torch.zeros(2, 3, 32, 32)
     shapes = []
-    for name, module in backbone.named_children():
+    for name, module in model.backbone.named_children():
         x = module(x)
         if name.startswith("layer"):
             shapes.append(tuple(x.shape[1:]))
     assert shapes == [(8, 34, 34), (16, 17, 17), (32, 9, 9)]
-    assert x.shape == (2, backbone.features)
+    assert [type(layer) for layer in model.projector] == [nn.Linear, nn.ReLU, nn.Linear]
+    shapes = [tuple(p.shape) for p in model.projector.parameters()]
+    assert shapes == [(2048, 32), (2048,), (256, 2048), (256,)]
 
 
 def test_gradients_of_the_narrowest_resnet_are_right():
     """Without AVX-512, oneDNN (issue 6035) errs or crashes where a 1 x 1 convolution of stride 2
-    has fewer than 8 channels. Catches a network as narrow as that."""
+    has fewer than 8 channels; --width 7 is refused."""
     torch.manual_seed(0)
     narrow = adainf.ResNet(width=8).to(memory_format=torch.channels_last)
     exact = copy.deepcopy(narrow).double()
@@ -540,9 +477,6 @@ def test_gradients_of_the_narrowest_resnet_are_right():
     for p, expected in zip(narrow.parameters(), exact.parameters()):
         error = (p.grad - expected.grad).norm() / expected.grad.norm()
         assert error < 1e-5
-
-    with pytest.raises(adainf.InputError):
-        adainf.build_parser().parse_args(["--width", "7"])
 
 
 # ---- 4. Optimiser --------------------------------------------------------------------------------
@@ -561,9 +495,7 @@ def lars_step(p, g, buffer, lr, decay, momentum):
     return p - lr * buffer, buffer
 
 
-@pytest.mark.parametrize("size, slopes", [
-    (1, [1, 30, 1e-3, 0]),
-    (0, [0, 1, 0, 1])])
+@pytest.mark.parametrize("size, slopes", [(1, [1, 30, 1e-3, 0]), (0, [0, 1, 0, 1])])
 def test_lars_equals_its_formulas_written_out(size, slopes):
     """Catches lr inside the buffer, no clipping, decay of biases, nan where something is 0.
 
@@ -571,9 +503,8 @@ def test_lars_equals_its_formulas_written_out(size, slopes):
     shapes = [(4, 3, 3, 3), (5,), (7, 2), (7,)]
     weights = [nn.Parameter(size * random_tensor(*shape).double()) for shape in shapes]
     expected = [(p.detach().clone(), 0) for p in weights]
-    optimizer = adainf.LARS([
-        dict(params=weights[:2], decay=0.1),
-        dict(params=weights[2:], decay=0.1)], momentum=0.8)
+    groups = [dict(params=weights[:2], decay=0.1), dict(params=weights[2:], decay=0.1)]
+    optimizer = adainf.LARS(groups, momentum=0.8)
     for step, slope in enumerate(slopes):
         lr = 0.2 * (3 - step)
         for group in optimizer.param_groups:
@@ -599,15 +530,12 @@ def test_the_probe_has_a_learning_rate_of_its_own_and_no_decay(model, options):
     assert learned["weight_decay"] == probe["weight_decay"] == 0  # SGD's own, which comes on top
     assert learned["params"] + probe["params"] == [*model.parameters()]
     assert probe["params"] == [*model.probe.parameters()]
-    with pytest.raises(TypeError):
-        optimizer.step(lambda: 0.0)
 
 
 @pytest.mark.parametrize("warmup", [10, 0])
 def test_the_learning_rate_is_torchs_linear_warmup_and_cosine(warmup):
     """Catches a schedule of epochs, a jump after warm-up, an end above 0, a division by 0."""
-    weight = nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], lr=0.4)
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
     schedule = lr_scheduler.CosineAnnealingLR(sgd, 100 - warmup)
     if warmup > 0:
         linear = lr_scheduler.LinearLR(sgd, 3e-5 / 0.4, total_iters=warmup)
@@ -626,11 +554,11 @@ def test_the_learning_rate_is_torchs_linear_warmup_and_cosine(warmup):
 
 
 def test_statistics_of_colours_are_those_of_all_pixels():
-    """Catches a mean over images of means, and n - 1 in place of n."""
-    mean, std = adainf.colour_statistics(IMAGES)
+    """Catches a mean over images of means, n - 1 in place of n, and a division by 0."""
     pixels = IMAGES.view(-1, 3).double() / 255
-    assert mean.flatten().tolist() == pytest.approx(pixels.mean(0).tolist(), abs=6e-5)
-    assert std.flatten().tolist() == pytest.approx(pixels.std(0, correction=0).tolist(), abs=6e-5)
+    expected = (pixels.mean(0), pixels.std(0, correction=0))
+    for found, value in zip(adainf.colour_statistics(IMAGES), expected):
+        assert greatest(found.flatten() - value) < 6e-5
     _, std = adainf.colour_statistics(torch.zeros_like(IMAGES))
     assert std.min() > 0
 
@@ -647,15 +575,11 @@ def test_encode_uses_eval_mode_and_leaves_the_backbone_as_it_was(model, options,
     torch.testing.assert_close(backbone.state_dict(), before)
 
     backbone.eval()
-    with torch.no_grad():
-        expected = backbone(images.permute(0, 3, 1, 2) / 255)
+    expected = backbone(images.permute(0, 3, 1, 2) / 255).detach()
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("k, temperature", [
-    (20, 0.07),
-    (20, 0.002),
-    (1000, 0.1)])
+@pytest.mark.parametrize("k, temperature", [(20, 0.07), (20, 0.002), (1000, 0.1)])
 def test_knn_predicts_what_a_loop_predicts(k, temperature):
     """Catches distances instead of cosines, votes without weights, k beyond the training set, and
     votes that overflow or underflow at a low temperature."""
@@ -674,23 +598,19 @@ def test_knn_predicts_what_a_loop_predicts(k, temperature):
     assert score == 100
 
 
-@pytest.mark.parametrize("stride", [1, 4])
-def test_the_probes_know_clusters(stride):
-    """Catches classes that are counted in the test images (at a stride of 4, those have one), and
-    for the linear probe features that are not standardised, or are so by the test images."""
+def test_the_probes_know_clusters():
+    """Catches classes that are counted in the test images (which have two of four), and for the
+    linear probe features that are not standardised, or are so by the test images."""
     labels = torch.arange(500) % 4
     features = F.one_hot(labels, 8) + 0.05 * random_tensor(500, 8)
-    train = features[:400]
-    test = features[400::stride]
-    test_labels = labels[400::stride]
-    score = adainf.knn_top1(train, labels[:400], test, test_labels, k=200, temperature=0.1)
-    assert score == 100
+    is_test = (labels < 2) & (torch.arange(500) >= 400)
+    sets = [features[:400], labels[:400], features[is_test], labels[is_test]]
+    assert adainf.knn_top1(*sets, k=200, temperature=0.1) == 100
 
     scale = torch.logspace(-3, 3, 8)
-    train = scale * (train + 50)
-    test = scale * (test + 50)
-    score = adainf.linear_top1(train, labels[:400], test, test_labels, epochs=30, lr=0.1, seed=0)
-    assert score == 100
+    sets[0] = scale * (sets[0] + 50)
+    sets[2] = scale * (sets[2] + 50)
+    assert adainf.linear_top1(*sets, epochs=30, lr=0.1, seed=0) == 100
 
 
 def test_the_linear_probe_is_at_chance_on_noise():
@@ -714,15 +634,9 @@ def test_the_linear_probe_has_no_small_last_batch():
     assert abs(scores[0] - scores[1]) < 3
 
 
-@pytest.fixture
-def still(monkeypatch):
-    """Weak views that change nothing."""
-    never = dict.fromkeys(adainf.WEAK, 0.0)
-    monkeypatch.setattr(adainf, "WEAK", never | dict(crop_min=1.0, jitter=(0.0, 0.0, 0.0, 0.0)))
-
-
-def test_match_finds_partners_by_features_alone(options, still):
+def test_match_finds_partners_by_features_alone(options, monkeypatch):
     """Catches a view that may be its own partner, and views that are not in pairs."""
+    monkeypatch.setattr(adainf, "WEAK", STILL)
     images = random_tensor(40, 32, 32, 3).mul(60).add(128).byte()
     assert adainf.match_top1(nn.Flatten(), images, options) == 100
     constant = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
@@ -732,11 +646,12 @@ def test_match_finds_partners_by_features_alone(options, still):
 
 def test_match_takes_weak_views_whatever_a_run_trains_with(options):
     """Written out as a loop. 1100 images: every other one is taken."""
-    images = random_tensor(1100, 32, 32, 3).mul(60).add(128).byte()
+    images = random_tensor(1100, 8, 8, 3).mul(60).add(128).byte()
+    options.image_size = 8
     options.aug = "strong"
     options.seed = 3
     score = adainf.match_top1(nn.Flatten(), images, options)
-    views = adainf.TwoViews(adainf.WEAK, 32, seed=3)(images[::2], step=0)
+    views = adainf.TwoViews(adainf.WEAK, 8, seed=3)(images[::2], step=0)
     features = F.normalize(views.double().flatten(1))
     found = 0
     for i, feature in enumerate(features):
@@ -752,8 +667,7 @@ def test_evaluate_gives_every_score_its_own_images_and_labels(options):
 
     Catches the real images in place of all labelled ones, and scores that are mixed up."""
     labels = torch.arange(60) % 3
-    colours = 255 * F.one_hot(labels, 3).byte()
-    colours = colours.view(60, 1, 1, 3)
+    colours = 255 * F.one_hot(labels, 3).byte().view(60, 1, 1, 3)
     data = make_data(colours, (labels + 1) % 3, None)
     data.images = None
     data.labels = None
@@ -774,7 +688,6 @@ def test_evaluate_gives_every_score_its_own_images_and_labels(options):
 TINY = """--ratio 1 --image-size 8 --width 8 --blocks 1 1 --proj-hidden 8 --proj-dim 4
     --batch-size 8 --steps 24 --warmup 0.125 --lr 0.001 --probe-lr 0.001 --linear-epochs 2
     --log-every 4 --save-every 5 --eval-every 8 --device cpu"""
-CLOCK = ("images_per_second", "minutes_left")  # what may differ between equal runs
 
 
 def write_data(folder):
@@ -820,8 +733,8 @@ def outcome(folder):
         log=read_log(folder, "step"))
     del parts["checkpoint"]["lines"]  # the log's, with clocks
     for record in (parts["result"], *parts["log"]):
-        for name in CLOCK:
-            record.pop(name, None)
+        record.pop("images_per_second", None)
+        record.pop("minutes_left", None)
     return {name: json.dumps(parts[name], default=torch.Tensor.tolist) for name in parts}
 
 
@@ -837,9 +750,7 @@ def contents(folder):
 
 
 def call_at(patch, target, count, action, *args):
-    """Call action(*args) just before the count-th call (from 1) of a target such as "os.fsync".
-
-    train() calls adainf.nt_xent in the middle of every step."""
+    """Call action(*args) just before the count-th call (from 1) of a target such as "os.fsync"."""
     module, name = target.split(".")
     original = getattr(sys.modules[module], name)
     calls = itertools.count(1)
@@ -850,6 +761,11 @@ def call_at(patch, target, count, action, *args):
         return original(*its_args, **more)
 
     patch.setattr(target, counting)
+
+
+def sigterm_in(step):
+    """A fault for call_at: a signal in the middle of a step, the first being 1."""
+    return "adainf.nt_xent", step, signal.raise_signal, signal.SIGTERM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -961,18 +877,8 @@ def faulty_main(argv, rank, *fault):
 # ---- What a run leaves ---------------------------------------------------------------------------
 
 
-def test_import_has_no_side_effect(monkeypatch):
-    """What is set for speed is set by the command."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.delitem(sys.modules, "adainf")
-    random_state = torch.get_rng_state()
-    importlib.import_module("adainf")
-    assert not torch.backends.cudnn.benchmark
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_run_writes_all_its_files(tiny, tmp_path):
+def test_run_writes_all_its_files_and_says_if_there_is_no_gpu(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = adainf.main(arguments(tiny, tmp_path, "--steps", 2))
     assert set(os.listdir(tmp_path)) == {
         "log.jsonl", "checkpoint.pt", "encoder.pt", "views.png", "curves.png", "result.json"}
@@ -982,6 +888,7 @@ def test_run_writes_all_its_files(tiny, tmp_path):
     assert {*adainf.METRICS, "loss", "images_per_second", "augmentation"} < set(result)
     counts = [result[name] for name in ("step", "seed", "n_real", "n_generated", "beta")]
     assert counts == [2, 0, 36, 24, 36 / 60]
+    assert "no GPU was found" in capsys.readouterr().out
 
 
 def test_encoder_is_the_trained_backbone_and_complete_in_itself(finished, tmp_path):
@@ -997,13 +904,12 @@ def test_encoder_is_the_trained_backbone_and_complete_in_itself(finished, tmp_pa
 
 
 def test_learning_rate_rises_and_loss_falls(run, tmp_path):
-    run(tmp_path, "--steps", 120, "--lr", 0.1, "--temperature", 0.5, "--log-every", 1,
-        "--warmup", 0.025)
+    run(tmp_path, "--steps", 80, "--lr", 0.1, "--temperature", 0.5, "--log-every", 1)
     records = read_log(tmp_path, "loss")
-    assert len(records) == 120
-    assert (records[0]["lr"], records[3]["lr"]) == (3e-5, 0.1)  # begin and end of the warm-up
+    assert len(records) == 80
+    assert (records[0]["lr"], records[10]["lr"]) == (3e-5, 0.1)  # begin and end of the warm-up
     losses = [record["loss"] for record in records]
-    assert statistics.mean(losses[-20:]) < statistics.mean(losses[:20]) - 0.02
+    assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.02
 
 
 def test_finished_run_is_evaluated_again_and_not_trained(run, finished, tmp_path):
@@ -1022,49 +928,31 @@ def test_finished_run_is_evaluated_again_and_not_trained(run, finished, tmp_path
 def test_without_labels_a_run_gives_what_needs_none(run, tiny, tmp_path):
     for split in ("train", "test"):
         shutil.copytree(tiny / "images" / split / "a", tmp_path / "images" / split / "all")
-    run(tmp_path / "run", "--dataset", tmp_path / "images")
+    run(tmp_path / "run", "--dataset", tmp_path / "images", "--steps", 9)
     assert adainf.METRICS & read_json(tmp_path / "run" / "result.json").keys() == {"match_top1"}
 
 
 # ---- First save, then speak ----------------------------------------------------------------------
 
 
-class Console(io.StringIO):
-    """A console that fails at its third line, or has no letters beyond ASCII."""
-
-    def __init__(self, error=None):
-        super().__init__()
-        self.error = error
-        self.lines = 0
-
-    def write(self, text):
-        text.encode("ascii")
-        self.lines += 1
-        if self.error and self.lines > 2:
-            raise self.error
-        return super().write(text)
-
-
-@pytest.mark.parametrize("error", [
-    BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device"), None])
-def test_what_cannot_be_printed_stops_no_run(tiny, straight, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("console", ["/dev/full", "ascii"])
+def test_what_cannot_be_printed_stops_no_run(run, straight, tmp_path, monkeypatch, console):
+    """A full disk, and letters that the console lacks."""
     out = tmp_path / "mit Umläuten"
-    console = Console(error)
-    monkeypatch.setattr(sys, "stdout", console)
-    monkeypatch.setattr(adainf, "two_panels", lambda *_: None)
-    adainf.main(arguments(tiny, out))
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / console, "w", encoding="ascii"))
+    run(out)
     assert not differences(out, straight)
-    assert error or r"Uml\xe4uten" in console.getvalue()
+    assert console == "/dev/full" or r"Uml\xe4uten" in (tmp_path / console).read_text()
 
 
-def test_a_picture_that_fails_is_a_note(run, straight, tmp_path, monkeypatch):
-    def fail(*_):
-        raise ImportError("no backend")
-
-    monkeypatch.setattr(adainf, "two_panels", fail)
-    monkeypatch.setattr(adainf, "draw_views", fail)
-    said = run(tmp_path).out
-    assert "no curves.png (no backend)" in said and "no views.png" in said
+def test_a_run_without_pictures_in_a_thread(run, straight, tmp_path, monkeypatch):
+    """A picture that fails is a note. Only the main thread may listen to signals."""
+    monkeypatch.setattr(adainf, "two_panels", None)
+    monkeypatch.setattr(adainf, "draw_views", None)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(run, tmp_path).result().out
+    assert "no curves.png ('NoneType'" in said
+    assert "no views.png ('NoneType'" in said
     assert not differences(tmp_path, straight)
 
 
@@ -1081,13 +969,6 @@ def test_a_closed_pipe_and_a_shell_of_jupyter_stop_no_run(tiny, straight, tmp_pa
     assert not differences(tmp_path, straight)
 
 
-def test_main_runs_in_a_thread(run, straight, tmp_path):
-    """Only the main thread may listen to signals."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(run, tmp_path).result()
-    assert not differences(tmp_path, straight)
-
-
 # ---- Stopped and continued: signals, kills, full disks, changed options --------------------------
 
 
@@ -1100,9 +981,8 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, amp):
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     out = tmp_path / "run"
     done = 0
-    for stop in (1, 4, 5, 7, 8, 13, 14, 16, 21, 23):
-        fault = ("adainf.nt_xent", stop - done, signal.raise_signal, signal.SIGTERM)
-        run(out, "--amp", amp, status=143, fault=fault)
+    for stop in (1, 4, 5, 7, 8, 14, 16, 23):
+        run(out, "--amp", amp, status=143, fault=sigterm_in(stop - done))
         assert read_checkpoint(out)["step"] == stop
         assert not (out / "result.json").exists()
         done = stop
@@ -1138,12 +1018,15 @@ def test_signal_saves_and_says_how_to_go_on(run, straight, tmp_path, name, targe
 
 @pytest.mark.parametrize("target", ["os.fsync", "os.replace"])
 def test_sigkill_during_a_save_leaves_a_good_checkpoint(run, straight, tiny, tmp_path, target):
-    """Killed before the 3rd, 4th, ... file of a run gets to the disk, or gets its name."""
+    """Killed before a file gets to the disk or gets its name: the first two checkpoints (after
+    log.jsonl and views.png), and the result of the run that goes on from step 5."""
     out = tmp_path / "run"
-    argv = arguments(tiny, out)
-    for count in (3, 4, 3, 5, 6):  # the first two are log.jsonl and views.png
+    for count in (3, 4, 8):
         fault = (target, count, signal.raise_signal, signal.SIGKILL)
-        assert exit_codes(start(tmp_path / "said", faulty_main, argv, 0, *fault)) == [-9]
+        child = start(tmp_path / "said", faulty_main, arguments(tiny, out), 0, *fault)
+        assert exit_codes(child) == [-9]
+    assert (out / "encoder.pt").exists()
+    assert not (out / "result.json").exists()
     run(out)
     assert not differences(out, straight)
 
@@ -1166,23 +1049,17 @@ def test_full_disk_is_one_line_and_the_run_goes_on(run, straight, tmp_path):
     assert not differences(tmp_path, straight)
 
 
-@pytest.mark.parametrize("save_every, saved", [(100, None), (1, 10)])
+@pytest.mark.parametrize("save_every, saved", [(100, 0), (1, 10)])
 def test_diverged_run_stops_and_is_never_saved(
         run, straight, tmp_path, monkeypatch, save_every, saved):
-    """The loss of step 11 is not a number; what was saved before is good to go on from."""
-    original = adainf.nt_xent
-    calls = itertools.count(1)
-
-    def nt_xent(*args):
-        factor = math.nan if next(calls) == 11 else 1
-        return original(*args) * factor
-
-    monkeypatch.setattr(adainf, "nt_xent", nt_xent)
-    said = run(tmp_path, "--save-every", save_every, status=1).err
+    """In step 11 the weights become nan; what was saved before is good to go on from."""
+    monkeypatch.setattr(adainf, "ETA", adainf.ETA)
+    fault = ("adainf.nt_xent", 11, setattr, adainf, "ETA", math.nan)
+    said = run(tmp_path, "--save-every", save_every, status=1, fault=fault).err
     assert "try a lower --lr" in said
-    assert next(calls) <= 14  # the next log line is the latest time to see it
-    assert saved is None or read_checkpoint(tmp_path)["step"] == saved
-    assert saved or not (tmp_path / "checkpoint.pt").exists()
+    assert f"at step {saved + 1 if saved else 12}" in said  # or at the next log line
+    assert saved == (read_checkpoint(tmp_path)["step"] if saved else 0)
+    monkeypatch.undo()
     run(tmp_path)
     assert not differences(tmp_path, straight)
 
@@ -1204,22 +1081,20 @@ def test_changed_option_is_refused(run, finished, tmp_path, words):
 @pytest.mark.parametrize("pool", ["images", "generated"])
 def test_other_images_are_refused(run, finished, monkeypatch, pool):
     """One value of them, at the same path and of the same number."""
-    load_data = adainf.load_data
-
     def load_changed(options):
         data = load_data(options)
         getattr(data, pool).view(-1)[5] ^= 1
         return data
 
+    load_data = adainf.load_data
     monkeypatch.setattr(adainf, "load_data", load_changed)
     assert "sum of some" in run(finished, "--steps", 3, status=2).err
 
 
 def test_harmless_options_may_change(run, straight, tiny, tmp_path, monkeypatch):
     """How often it logs, saves and evaluates, and where things are, is not part of the result."""
-    out = tmp_path / "run"
-    run(out, status=143, fault=("adainf.nt_xent", 6, signal.raise_signal, signal.SIGTERM))
-    moved = shutil.move(out, tmp_path / "moved")
+    run(tmp_path / "run", status=143, fault=sigterm_in(6))
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
     images = shutil.copy(tiny / "gen.npz", tmp_path / "moved.npz")
     shutil.copytree(tiny / "images", tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
@@ -1239,12 +1114,16 @@ class Bomb:
 
 
 @pytest.fixture
-def refused(run, tmp_path, monkeypatch):
-    """refused(*options): a run that is refused in one line, and neither writes nor unpickles."""
+def here(tmp_path, monkeypatch):
+    """An empty present folder, in which a bomb goes off."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Bomb()))
-    os.rmdir("bomb")  # it was there, so a bomb goes off
+    os.rmdir("bomb")
 
+
+@pytest.fixture
+def refused(run, here, tmp_path):
+    """refused(*options): a run that is refused in one line, and neither writes nor unpickles."""
     def refused(*more):
         before = contents(tmp_path)
         said = run(tmp_path / "run", *more, status=2).err
@@ -1258,8 +1137,10 @@ def refused(run, tmp_path, monkeypatch):
     "--ratio 1.5", "--batch-size 999", "--lr nan", "--steps 0", "--warmup 1.1", "--device abacus",
     "--gen-size 25", "--real-size 37", "--nonsense", "--width 7", "--dataset nowhere",
     "--gen-data nowhere.npz", "--dataset cifar10", "--out file/run", "--out ", "--gen-data ",
-    "--seeds 2", "--compare --aug weak", "--dataset no\nwhere", "--blocks 1 1 1 1 1"])
+    "--seeds 2", "--aug weak --compare", "--dataset no\nwhere", "--blocks 1 1 1 1 1",
+    "--batch-size 30 --compare --real-size 20"])  # two cells have only 20 images
 def test_bad_option_is_one_line(refused, tmp_path, words):
+    """Also before any cell of a comparison is trained."""
     (tmp_path / "file").write_text("mine")
     assert refused(*words.split(" "))
 
@@ -1282,13 +1163,11 @@ def test_the_users_options_win_over_those_of_the_demo():
     ("images/train/b/3.png", lambda path: os.truncate(path, 99), "3.png"),
     ("gen.npz", lambda path: np.savez(path, image=np.full((9, 8, 8, 3), 7, np.uint8)), "colour"),
     ("gen.npz", lambda path: np.savez(path, image=np.array([Bomb()])), "--convert"),
-    ("gen.npz", lambda path: np.savez(path, samples=np.zeros((5, 3, 8, 8))), "`samples` float64"),
     ("gen.npz", lambda path: path.write_bytes(path.read_bytes()[:-99]), "gen.npz")])
 def test_bad_images_are_one_line(refused, tiny, tmp_path, pattern, spoil, words):
     """More kinds of bad files are among the tests of download_generated.py, which reads them."""
     data = shutil.copytree(tiny, tmp_path / "data")
-    for path in list(data.glob(pattern)):
-        spoil(path)
+    spoil(data / pattern)
     assert words in refused("--dataset", data / "images", "--gen-data", data / "gen.npz")
 
 
@@ -1327,40 +1206,31 @@ def places(images, pool):
     return [pool.index(image.tobytes()) for image in images.numpy()]
 
 
-def test_gen_size_is_a_seeded_random_subset(tiny):
-    """No image twice, another subset for another seed, and not the one of --real-size."""
-    pool = load(tiny).generated
-    more = ("--gen-size", 12, "--seed")
-    first, again, other = [places(load(tiny, *more, seed).generated, pool) for seed in (0, 0, 1)]
-    assert len(set(first)) == 12
-    assert first == again
-    assert set(first) != set(other)
-    one_class = adainf.balanced_subset(np.zeros(24), 12, seed=0)
-    assert len(set(first) & {*one_class}) < 10
-
-
-def test_real_size_is_a_seeded_balanced_subset_and_the_probes_learn_from_all(tiny):
+def test_subsets_are_random_by_the_seed_alone_and_the_probes_learn_from_all(tiny):
+    """No image twice, and not the same ones of the real and the generated images."""
     pool = load(tiny)
-    more = ("--real-size", 11, "--seed")
+    more = ("--real-size", 11, "--gen-size", 12, "--seed")
     first, again, other = [load(tiny, *more, seed) for seed in (0, 0, 1)]
-    chosen = places(first.images, pool.images)
-    assert len(set(chosen)) == 11
+    for name, size in (("images", 11), ("generated", 12)):
+        chosen = places(getattr(first, name), getattr(pool, name))
+        assert len(set(chosen)) == size
+        assert getattr(first, name).equal(getattr(again, name))
+        assert set(chosen) != set(places(getattr(other, name), getattr(pool, name)))
+    one_class = adainf.balanced_subset(np.zeros(24), 12, seed=0)
+    assert len(set(chosen) & {*one_class}) < 10
+
+    assert first.labels.equal(pool.labels[places(first.images, pool.images)])
     assert sorted(first.labels.bincount().tolist()) == [3, 4, 4]
-    assert torch.equal(first.labels, pool.labels[chosen])
-    assert torch.equal(first.images, again.images)
-    assert not torch.equal(first.images, other.images)
-    assert torch.equal(first.train_images, pool.images)
-    assert torch.equal(first.train_labels, pool.labels)
+    assert first.train_images.equal(pool.images)
+    assert first.train_labels.equal(pool.labels)
 
 
 def test_a_subset_is_as_balanced_as_the_classes_allow():
     """Catches a remainder that always goes to the first classes."""
     labels = np.array([0] * 9 + [1] * 2 + [2] * 5)
-    chosen = adainf.balanced_subset(labels, 11, seed=0)
-    assert np.bincount(labels[chosen]).tolist() == [5, 2, 4] or \
-        np.bincount(labels[chosen]).tolist() == [4, 2, 5]
-    lucky = {int(labels[adainf.balanced_subset(labels, 1, seed)][0]) for seed in range(20)}
-    assert lucky == {0, 1, 2}
+    chosen = [labels[adainf.balanced_subset(labels, 11, seed)] for seed in range(20)]
+    counts = {tuple(np.bincount(each).tolist()) for each in chosen}
+    assert counts == {(5, 2, 4), (4, 2, 5)}
 
 
 # ---- Experiments ---------------------------------------------------------------------------------
@@ -1368,60 +1238,47 @@ def test_a_subset_is_as_balanced_as_the_classes_allow():
 CELLS = ("none-strong", "none-weak", "vanilla-1to1-strong", "adainf-3to1-weak")
 
 
-@pytest.fixture(scope="module")
-def comparison(tiny, tmp_path_factory):
-    """(folder, what was printed) of a comparison over two seeds, each with its own real images."""
-    folder = tmp_path_factory.mktemp("comparison")
+def test_comparison_has_cells_that_differ_only_in_data_and_augmentation(
+        tiny, tmp_path, monkeypatch, capsys):
+    """And their results in its table. A seed has real images of its own, so that the spread has
+    what their choice adds."""
+    monkeypatch.setattr(adainf, "fill_curves", None)  # slow, and tested once
     more = "--compare --seeds 2 --steps 4 --ratio 3 --real-size 18".split()
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        adainf.main(arguments(tiny, folder, *more))
-    return folder, said.getvalue()
+    adainf.main(arguments(tiny, tmp_path, *more))
+    said = capsys.readouterr().out.splitlines()
+    table = read_json(tmp_path / "comparison.json")["table"]
+    assert Image.open(tmp_path / "comparison.png").size > (500, 200)
 
-
-def test_cells_differ_only_in_data_and_augmentation(comparison, tiny):
-    """A seed has real images of its own, so that the spread has what their choice adds."""
-    folder, _ = comparison
+    seen = []
     for seed in (0, 1):
-        results = [read_json(folder / f"{cell}-{seed}" / "result.json") for cell in CELLS]
+        results = [read_json(tmp_path / f"{cell}-{seed}" / "result.json") for cell in CELLS]
         assert [result["n_generated"] for result in results] == [0, 0, 24, 24]
         assert [result["beta"] for result in results] == [1, 1, 18 / 42, 54 / 78]
         augmentations = [result["augmentation"] for result in results]
         assert augmentations == ["strong", "weak", "strong", "weak"]
-        checkpoints = [read_checkpoint(folder / f"{cell}-{seed}") for cell in CELLS]
+        for cell, result in zip(CELLS, results):
+            for metric in adainf.METRICS:
+                assert table[cell][metric]["values"][seed] == result[metric]
+
+        checkpoints = [read_checkpoint(tmp_path / f"{cell}-{seed}") for cell in CELLS]
         first, *others = [checkpoint["decisive"] for checkpoint in checkpoints]
         assert (first["--seed"], first["--real-size"]) == (seed, 18)
         for each in others:
             other = {name for name in first if each[name] != first[name]}
             assert other <= {"--aug", "--ratio", "--gen-size", "number of generated images",
                              "sum of some generated images"}
-    one, other = [load(tiny, "--real-size", 18, "--seed", seed).images for seed in (0, 1)]
-    assert not torch.equal(one, other)
+        seen.append(first["sum of some real images"])
+    assert seen[0] != seen[1]
 
-
-def test_comparison_has_the_results_of_its_cells(comparison):
-    folder, said = comparison
-    table = read_json(folder / "comparison.json")["table"]
     assert set(table) == {*CELLS, "raw pixels", "untrained network"}
-    for cell in CELLS:
-        results = [read_json(folder / f"{cell}-{seed}" / "result.json") for seed in (0, 1)]
-        for metric in adainf.METRICS:
-            entry = table[cell][metric]
-            assert entry["values"] == [result[metric] for result in results]
-            assert entry["mean"] == pytest.approx(np.mean(entry["values"]))
-            assert entry["std"] == pytest.approx(np.std(entry["values"], ddof=1))
-
     assert set(table["raw pixels"]) == {"linear_top1", "knn_top1"}
     assert set(table["untrained network"]) == set(adainf.METRICS)
     for name, row in table.items():
-        [line] = [line for line in said.splitlines() if line.startswith(f"{name} ")]
+        [line] = [line for line in said if line.startswith(f"{name} ")]
         for entry in row.values():
+            assert entry["mean"] == pytest.approx(np.mean(entry["values"]))
+            assert entry["std"] == pytest.approx(np.std(entry["values"], ddof=1))
             assert f"{entry['mean']:.2f} +- {entry['std']:5.2f}" in line
-    assert Image.open(folder / "comparison.png").size > (500, 200)
-
-
-def test_sizes_are_refused_before_any_cell_is_trained(refused):
-    """With 20 images and no generated ones, the first two cells have no batch of 30."""
-    assert "--batch-size 30" in refused("--compare", "--real-size", 20, "--batch-size", 30)
 
 
 # ---- Many processes ------------------------------------------------------------------------------
@@ -1436,11 +1293,12 @@ def main_in_eval_mode(argv):
 
 def test_processes_do_the_work_of_one(tiny, tmp_path):
     """Catches a share of images, loss or gradient that is missing or counts double."""
+    more = "--steps 8 --lr 0.1 --probe-lr 0.1 --log-every 1".split()
+
     def learned(world):
         out = tmp_path / f"run{world}"
         said = tmp_path / f"said{world}-"
-        argv = arguments(tiny, out, "--lr", 0.1, "--probe-lr", 0.1, "--log-every", 1)
-        processes = start_world(said, world, main_in_eval_mode, argv)
+        processes = start_world(said, world, main_in_eval_mode, arguments(tiny, out, *more))
         assert exit_codes(*processes) == [0] * world, Path(f"{said}0").read_text()
         losses = [[line["loss"], line["probe_loss"]] for line in read_log(out, "loss")]
         return dict(read_checkpoint(out)["model"], losses=torch.tensor(losses))
@@ -1469,11 +1327,10 @@ def test_synchronised_batch_norm_keeps_the_weights_that_the_optimizer_has(
 def test_processes_resume_exactly_after_a_signal_to_one(tiny, tmp_path):
     """They agree to stop at a step that 10 divides."""
     straight, out, said = (tmp_path / name for name in ("straight", "run", "said"))
-    assert exit_codes(*start_world(said, 2, adainf.main, arguments(tiny, straight))) == [0, 0]
-
-    argv = arguments(tiny, out)
-    fault = ("adainf.nt_xent", 7, signal.raise_signal, signal.SIGTERM)
-    assert exit_codes(*start_world(said, 2, faulty_main, argv, 1, *fault)) == [143, 143]
+    whole = arguments(tiny, straight, "--steps", 12)
+    assert exit_codes(*start_world(said, 2, adainf.main, whole)) == [0, 0]
+    argv = arguments(tiny, out, "--steps", 12)
+    assert exit_codes(*start_world(said, 2, faulty_main, argv, 1, *sigterm_in(7))) == [143, 143]
     assert "after step 10" in Path(f"{said}0").read_text().splitlines()[-1]
     assert read_checkpoint(out)["step"] == 10
     assert exit_codes(*start_world(said, 2, adainf.main, argv)) == [0, 0]
@@ -1482,9 +1339,7 @@ def test_processes_resume_exactly_after_a_signal_to_one(tiny, tmp_path):
 
 def main_on_a_disk_of_its_own(argv, folder):
     """main(argv) where the second process does not see the checkpoint of the first."""
-    if adainf.RANK == 1:
-        argv = [*argv, "--out", f"{folder}/elsewhere"]
-    adainf.main(argv)
+    adainf.main([*argv, "--out", f"{folder}/elsewhere"] if adainf.RANK == 1 else argv)
 
 
 def test_processes_that_resume_from_other_steps_are_refused(tiny, finished, tmp_path):
@@ -1513,12 +1368,6 @@ def test_processes_share_a_batch_equally_and_download_nothing(tiny, tmp_path, mo
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def gpu_losses(tiny, out, *more):
-    argv = arguments(tiny, out, "--device", "cuda", "--log-every", 1, *more)
-    adainf.main(argv)
-    return torch.tensor([line["loss"] for line in read_log(out, "loss")])
-
-
 @needs_gpu
 def test_the_host_never_waits_in_a_step(tiny):
     options = adainf.parse_options(arguments(tiny, "unused", "--device", "cuda", "--no-compile"))
@@ -1539,17 +1388,21 @@ def test_the_host_never_waits_in_a_step(tiny):
 
 @needs_gpu
 def test_compiled_and_half_precision_runs_learn_what_a_plain_one_learns(tiny, tmp_path):
-    plain = gpu_losses(tiny, tmp_path / "plain", "--amp", "off", "--no-compile")
-    compiled = gpu_losses(tiny, tmp_path / "compiled", "--amp", "off", "--compile")
-    half = gpu_losses(tiny, tmp_path / "half", "--no-compile")
+    def losses(*more):
+        out = tmp_path / "-".join(more)
+        adainf.main(arguments(tiny, out, "--device", "cuda", "--log-every", 1, *more))
+        return torch.tensor([line["loss"] for line in read_log(out, "loss")])
+
+    plain = losses("--amp", "off", "--no-compile")
+    compiled = losses("--amp", "off", "--compile")
+    half = losses("--no-compile")
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(half, plain, rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu
 def test_run_on_a_gpu_goes_on_and_its_encoder_is_read_without_one(run, tmp_path):
-    fault = ("adainf.nt_xent", 6, signal.raise_signal, signal.SIGTERM)
-    run(tmp_path, "--device", "cuda", status=143, fault=fault)
+    run(tmp_path, "--device", "cuda", status=143, fault=sigterm_in(6))
     run(tmp_path, "--device", "cuda")
     weights = torch.load(tmp_path / "encoder.pt", weights_only=True)["weights"]
     assert {value.device.type for value in weights.values()} == {"cpu"}
@@ -1559,35 +1412,34 @@ def test_run_on_a_gpu_goes_on_and_its_encoder_is_read_without_one(run, tmp_path)
 
 
 class DownloadHandler(http.server.BaseHTTPRequestHandler):
-    """Answers with the next act of the server's script.
+    """Answers with the next act of the script of server.plan.
 
     An int is an HTTP status, slice(k) the first k bytes of what was asked for, bytes are another
-    answer than that, and None is an endless one, nearly, of no announced size.
-    """
+    answer than that, and None is an endless one, nearly, of no announced size."""
 
     def do_GET(self):
-        server = self.server
+        plan = self.server.plan
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes="):-1])
-        server.starts.append(start)
-        act = server.script.pop(0) if server.script else slice(None)
+        plan.starts.append(start)
+        act = plan.script.pop(0) if plan.script else slice(None)
         if isinstance(act, int):
             self.send_response(act)
-            self.send_header("Location", server.address)
+            self.send_header("Location", plan.address)
             self.end_headers()
             return
 
-        body = act if isinstance(act, bytes) else server.body
+        body = act if isinstance(act, bytes) else plan.body
         size = len(body)
-        current = self.headers["If-Range"] == server.version or server.blind
+        current = self.headers["If-Range"] == plan.version or plan.blind
         if start and current and not isinstance(act, bytes):
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             start = 0
             self.send_response(200)
-        self.send_header("ETag", server.version)
+        self.send_header("ETag", plan.version)
         if act is not None:
-            more = server.more if start else b""
+            more = plan.more if start else b""
             self.send_header("Content-Length", size - start + len(more))
             body = body[start:][act if isinstance(act, slice) else slice(None)] + more
         self.end_headers()
@@ -1606,22 +1458,19 @@ def serve_file(monkeypatch):
     def serve_file(body, *script, archive=False):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DownloadHandler)
         server.handle_error = lambda *_: None  # a client that hangs up is part of these tests
-        server.body = body
-        server.script = list(script)
-        server.version = '"1"'
-        server.blind = False  # to the version that is asked for
-        server.more = b""  # behind the end of what is continued
-        server.address = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
-        server.starts = []  # the first byte that each request asked for
-        server.pauses = []  # instead of waiting, in seconds
-        monkeypatch.setattr(dg.time, "sleep", server.pauses.append)
+        # blind: to the version that is asked for; more: behind the end of what is continued;
+        # starts: the first byte that each request asked for; pauses: instead of waiting, in s.
+        server.plan = SimpleNamespace(
+            body=body, script=list(script), version='"1"', blind=False, more=b"", starts=[],
+            pauses=[], address=f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+        monkeypatch.setattr(dg.time, "sleep", server.plan.pauses.append)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
         servers.append(server)
-        urls = " ".join(server.address for server in servers)
+        urls = " ".join(server.plan.address for server in servers)
         monkeypatch.setattr(dg, "SOURCES", f"name\ntiny 400 0.001 DDPM ? used ? {urls}")
         monkeypatch.setattr(dg, "MD5", {"tiny": hashlib.md5(body).hexdigest()} if archive else {})
-        return server
+        return server.plan
 
     yield serve_file
     for server in servers:
@@ -1630,10 +1479,8 @@ def serve_file(monkeypatch):
 
 
 @pytest.fixture
-def tool(tmp_path, monkeypatch, capfd):
+def tool(here, capfd):
     """tool(line, status) runs a command in an empty folder and returns what it said."""
-    monkeypatch.chdir(tmp_path)
-
     def tool(line, status=0):
         if status == 0:
             dg.main(line.split())
@@ -1652,8 +1499,7 @@ def colour_noise(count=400, size=32):
     """uint8 images, brighter in red than in blue as CIFAR-10 is, with black and with white."""
     noise = np.random.default_rng(count).integers(0, 200, (count, size, size, 3))
     images = (noise + [30, 25, 10]).astype(np.uint8)
-    if count:
-        images[0, 0, :2] = [[0], [255]]
+    images[0, 0, :2] = [[0], [255]]
     return images
 
 
@@ -1676,14 +1522,13 @@ def tar_bytes(members):
 
 def other_process(code):
     """A process that has run this Python code, in the present folder."""
-    path = dict(os.environ, PYTHONPATH=str(HERE))
+    path = dict(os.environ, PYTHONPATH=str(Path(dg.__file__).parent))
     return subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
 
 
 NPZ = npz_bytes(colour_noise())  # 1.2 MB
 BAD_NPZ = NPZ[:600_000] + bytes([NPZ[600_000] ^ 1]) + NPZ[600_001:]
 ARCHIVE = tar_bytes({"batches/one": os.urandom(400_000), "batches/two": b"2"})
-HERE = Path(dg.__file__).parent
 DOWNLOADED = Path("data/tiny.npz")
 PART = Path("data/tiny.npz.part")
 
@@ -1693,9 +1538,8 @@ def test_list_names_every_source_and_imports_nothing_slow():
     code = ("import sys, download_generated; download_generated.main(['--list']); "
             "assert not {'torch', 'adainf', 'PIL'} & set(sys.modules)")
     _, *rows = other_process(code).stdout.split("\n\n")[0].splitlines()
-    rows = [row.split() for row in rows]
     assert len(rows) == 13
-    for name, images, _, _, _, _, _, *urls in rows:
+    for name, images, _, _, _, _, _, *urls in map(str.split, rows):
         assert int(images.replace(",", "")) >= 5000
         assert all(url.startswith("https://") for url in urls)
         if name in ("cifar10", "cifar100"):
@@ -1717,13 +1561,18 @@ def test_bad_input_is_one_line_and_status_2(line, word, tool):
     assert os.listdir() == ["empty"]
 
 
-def test_download_survives_trouble_and_is_recorded(serve_file, tool):
-    """Nothing is fetched twice; pauses grow only while nothing comes."""
-    server = serve_file(NPZ, 500, 429, slice(1), slice(0), slice(dg.BLOCK), slice(70_000))
+@pytest.mark.parametrize("script, more, starts, pauses", [
+    ([500, 429, slice(1), slice(0), slice(dg.BLOCK), slice(70_000)], b"",
+     [0, 0, 0, 1, 1, 1 + dg.BLOCK, 70_001 + dg.BLOCK], [2, 4, 2, 4, 2, 2]),
+    ([slice(300_000)], b"more", [0, 300_000, 0], [2, 2]),
+    ([slice(300_000), 416], b"", [0, 300_000, 0], [2, 4])])
+def test_download_survives_trouble_and_is_recorded(script, more, starts, pauses, serve_file, tool):
+    """Nothing is fetched twice, unless it is of another size than announced or no longer to be
+    had (416); pauses grow only while nothing comes."""
+    server = serve_file(NPZ, *script)
+    server.more = more
     tool("tiny")
-    assert server.starts == [0, 0, 0, 1, 1, 1 + dg.BLOCK, 70_001 + dg.BLOCK]
-    assert server.pauses == [2, 4, 2, 4, 2, 2]
-
+    assert (server.starts, server.pauses) == (starts, pauses)
     assert sorted(os.listdir("data")) == ["tiny.npz", "tiny.npz.json"]
     assert DOWNLOADED.read_bytes() == NPZ
     record = json.loads(Path("data/tiny.npz.json").read_text())
@@ -1731,53 +1580,34 @@ def test_download_survives_trouble_and_is_recorded(serve_file, tool):
     assert record["sha256"] == hashlib.sha256(NPZ).hexdigest()
 
 
-@pytest.mark.parametrize("count, version, blind", [
-    (400, '"2"', False), (400, '"2"', True), (500, '"1"', False)])
-def test_what_came_is_neither_lost_nor_spliced(count, version, blind, serve_file, tool):
-    """Catches what is appended to another version of the file, or cannot be gone on with."""
-    server = serve_file(NPZ, slice(300_000), *[slice(0)] * 5)
-    said = tool("tiny", 1)
-    assert "300,000 bytes came" in said or "connection lost" in said
-    assert server.address in said and len(server.starts) == dg.ATTEMPTS
-    assert sorted(os.listdir("data")) == [PART.name, f"{PART.name}.json"]
-    assert PART.read_bytes() == NPZ[:300_000]
-
-    server.body = npz_bytes(colour_noise(count)[::-1])
-    server.version = version
-    server.blind = blind
-    tool("tiny")
-    assert DOWNLOADED.read_bytes() == server.body
-
-
-@pytest.mark.parametrize("answer", [
-    b"", b"\n<!DOCTYPE html>", b"<?xml?><Error/>", b'{"error": 1}', b"\xef\xbb\xbfAccess denied"])
-def test_answer_that_is_no_data_replaces_nothing(answer, serve_file, tool):
-    server = serve_file(NPZ, slice(300_000), *[slice(0)] * 5)
-    tool("tiny", 1)
-    server.version = '"other"'
-    server.script = [answer] * dg.ATTEMPTS
-    tool("tiny", 1)
-    assert PART.read_bytes() == NPZ[:300_000]
-    server.version = '"1"'
-    tool("tiny")
-    assert server.starts[-1] == 300_000
-    assert DOWNLOADED.read_bytes() == NPZ
-
-
-def test_a_file_of_another_size_is_not_whole(serve_file, tool):
-    """Catches endless answers, a size that is not the announced one, and a 416 for ever."""
-    server = serve_file(NPZ, None)
+def test_an_endless_answer_is_no_file(serve_file, tool):
+    serve_file(NPZ, None)
     assert "bytes came" in tool("tiny", 1)
     assert dg.size_of(PART) < 3 * len(NPZ) and not DOWNLOADED.exists()
 
-    server.more = b"more"
-    for script, starts in [([slice(300_000)], [0, 300_000, 0]),
-                           ([slice(300_000), 416], [0, 300_000, 0])]:
-        server.script = script
-        server.starts.clear()
-        tool("tiny --force")
-        assert server.starts == starts
-        assert DOWNLOADED.read_bytes() == NPZ
+
+@pytest.mark.parametrize("count, version, blind, start", [
+    (400, '"1"', False, 300_000), (400, '"2"', False, 300_000), (400, '"2"', True, 0),
+    (500, '"1"', False, 0)])
+def test_what_came_is_neither_lost_nor_spliced(count, version, blind, start, serve_file, tool):
+    """Catches what is replaced by an answer that is no data, is appended to another version of the
+    file, or cannot be gone on with."""
+    server = serve_file(NPZ, slice(300_000), *[slice(0)] * 5)
+    said = tool("tiny", 1)
+    assert server.address in said and len(server.starts) == dg.ATTEMPTS
+    server.version = '"other"'
+    server.script = [b"", b"\n<!DOCTYPE html>", b"<?xml?><Error/>", b'{"error": 1}',
+                     b"\xef\xbb\xbfAccess denied", b"502"]
+    tool("tiny", 1)
+    assert sorted(os.listdir("data")) == [PART.name, f"{PART.name}.json"]
+    assert PART.read_bytes() == NPZ[:300_000]
+
+    server.body = NPZ if version == '"1"' and count == 400 else npz_bytes(colour_noise(count)[::-1])
+    server.version = version
+    server.blind = blind
+    tool("tiny")
+    assert server.starts[-1] == start
+    assert DOWNLOADED.read_bytes() == server.body
 
 
 @pytest.mark.parametrize("record", ["null", "[]", "[1]", "7", '"ab"', '{"url"', "{}"])
@@ -1807,10 +1637,9 @@ def test_second_download_of_a_file_is_refused(serve_file, tool, monkeypatch):
 
 @pytest.mark.parametrize("trouble, status", [
     ("dg.print = lambda said, **_: kill(9) if said.startswith('0.4') else None", -9),
-    ("dg.keep = lambda *_: kill(9)", -9),
+    ("dg.keep = lambda *_: kill(9)", -9),  # just before it is named
     ("dg.print = lambda said, **_: kill(2) if said.startswith('0.4') else print(said, **_)", 130),
-    ("resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))", 1),
-], ids=["killed", "killed before it is named", "Ctrl-C", "full disk"])
+    ("resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))", 1)])
 def test_stopped_download_goes_on_where_it_stopped(trouble, status, serve_file, tool):
     server = serve_file(NPZ)
     # A test that runs in the background may have been told to ignore Ctrl-C.
@@ -1823,7 +1652,6 @@ def test_stopped_download_goes_on_where_it_stopped(trouble, status, serve_file, 
     assert server.starts == [0]  # another attempt would not have helped
     kept = dg.size_of(PART)
     assert kept > 190_000 and not DOWNLOADED.exists()
-
     tool("tiny")
     assert server.starts == ([0] if kept == len(NPZ) else [0, kept])
     assert DOWNLOADED.read_bytes() == NPZ
@@ -1854,7 +1682,6 @@ def test_good_file_is_kept_and_replaced_only_by_a_whole_one(serve_file, tool):
     assert not PART.exists()  # or the next run would take it for whole, and stop at it again
     assert DOWNLOADED.read_bytes() == NPZ
     tool("--verify data/tiny.npz")
-
     DOWNLOADED.write_bytes(BAD_NPZ)
     tool("--verify data/tiny.npz", 1)
     assert len(server.starts) == 1  # that with --force
@@ -1863,12 +1690,11 @@ def test_good_file_is_kept_and_replaced_only_by_a_whole_one(serve_file, tool):
     assert DOWNLOADED.read_bytes() == NPZ
 
 
-@pytest.mark.parametrize("body, script, starts", [
-    (ARCHIVE, [404], [0]), (b"\x1f\x8b" + b"x" * 999, [], [0]),
-    (ARCHIVE, [slice(1000), 404, 404], [0, 1000, 1000])], ids=["down", "another file", "broken"])
-def test_archive_comes_from_the_source_that_has_it(body, script, starts, serve_file, tool):
+@pytest.mark.parametrize("body, script", [
+    (ARCHIVE, [404]), (b"\x1f\x8b" + b"x" * 999, []), (ARCHIVE, [slice(1000), 404, 404])])
+def test_archive_comes_from_the_source_that_has_it(body, script, serve_file, tool):
     """Catches what came from one source and is continued by another."""
-    first = serve_file(body, *script)
+    serve_file(body, *script)
     second = serve_file(ARCHIVE, slice(200_000), 404, archive=True)
     tool("tiny", 1)
     for _ in range(2):
@@ -1888,8 +1714,7 @@ def test_archive_cannot_write_outside_its_folder(serve_file, tool):
 @pytest.mark.parametrize("code, status, word", [
     ("open(sys.argv[4], 'wb').write(open('good.npz', 'rb').read())", 0, "whole"),
     ("open(sys.argv[4], 'wb').write(b'<html>Quota exceeded')", 1, "zip"),
-    ("sys.exit(1)", 1, "pip install"),
-], ids=["data", "page", "error"])
+    ("sys.exit(1)", 1, "pip install")])
 def test_google_drive_by_gdown(code, status, word, tool, monkeypatch):
     """A gdown of our own writes what comes to the file that it is told."""
     Path("good.npz").write_bytes(NPZ)
@@ -1902,13 +1727,6 @@ def test_google_drive_by_gdown(code, status, word, tool, monkeypatch):
 # ---- download_generated.py: conversion -----------------------------------------------------------
 
 
-class PickleTrap:
-    """Makes a folder "trap" when it is unpickled, as malicious files do worse."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-
 def converted(tool, line):
     """(what was said, the images) of --convert LINE."""
     said = tool(f"--convert {line} --out mine.npz --force")
@@ -1919,10 +1737,10 @@ def converted(tool, line):
     return said, images
 
 
-def save_pictures(images, folder="pictures"):
-    Path(folder).mkdir(parents=True)
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(f"{folder}/{number:03}.png")
+def save_pictures(images, folder="pictures", first=0, **more):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images, first):
+        Image.fromarray(image).save(f"{folder}/{number:03}.png", **more)
 
 
 def zip_pictures(images):
@@ -1956,10 +1774,12 @@ GREY = NOISE[..., :1]
     (lambda: torch.save({"x": torch.tensor(FIRST), "y": torch.arange(40)}, "a.pt"), "a.pt", NOISE),
     (lambda: [np.savez(f"{k}.npz", SIGNED[k::2]) for k in (0, 1)], "0.npz 1.npz",
      np.concatenate([NOISE[::2], NOISE[1::2]])),
+    # Shards have one range, even where the values of one would fit another.
+    (lambda: [np.save("0.npy", SIGNED.clip(0)), np.save("1.npy", SIGNED)], "0.npy 1.npy",
+     np.concatenate([NOISE.clip(128), NOISE])),
     (lambda: np.savez(open("a.jpg", "wb"), SIGNED), "a.jpg", NOISE),
     (lambda: np.save("a.npy", NOISE[..., ::-1]), "a.npy --bgr", NOISE),
-    (lambda: np.save("a.npy", SIGNED * 3), "a.npy --range -3 3", NOISE),
-])
+    (lambda: np.save("a.npy", SIGNED * 3), "a.npy --range -3 3", NOISE)])
 def test_every_row_of_the_table_of_what_is_taken(save, line, expected, tool):
     """Exact to the pixel, as nothing is resized."""
     save()
@@ -1986,90 +1806,73 @@ def test_values_fit_one_window_or_are_refused(low, high, black, white, tool, mon
     assert np.abs(images.ravel() - expected).max() < 0.51
 
 
-def test_shards_have_one_range(tool):
-    """Catches a file of bright images that is taken for another range than those beside it."""
-    np.savez("0.npz", np.clip(SIGNED, 0, None))
-    np.savez("1.npz", SIGNED)
-    said, images = converted(tool, "0.npz 1.npz")
-    assert "-1 is black" in said and images[:40].min() >= 127
-
-
-@pytest.mark.parametrize("save, words", [
-    (lambda: np.savez("a", x=NOISE, y=NOISE), ["`x` uint8 40 x 8 x 8 x 3", "--key"]),
-    (lambda: np.savez("a", x=np.zeros((4, 7))), ["`x` float64 4 x 7", "--key"]),
-    (lambda: np.savez("a", x=NOISE[:, :4]), ["--size"]),
-    (lambda: np.savez("a", x=np.array([PickleTrap()])), ["`x` object 1"]),
-    (lambda: torch.save(PickleTrap(), "a.npz"), ["a.npz"]),
-    (lambda: Path("a.npz").write_bytes(pickle.dumps(PickleTrap())), ["a pickle"]),
-    (lambda: Path("a.npz").write_bytes(b"\x89HDF\r\n\x1a\n"), ["HDF5", "np.save"]),
-    (lambda: Path("a.npz").write_bytes(b"MATLAB 5.0 MAT"), ["MATLAB", "np.save"]),
-    (lambda: Path("a.npz").write_bytes(b"PAR1"), ["Parquet", "np.save"]),
-    (lambda: Path("a.npz").write_bytes(NPZ[:9999]), ["a.npz", "zip"]),
-    (lambda: os.mkfifo("a.npz"), ["neither a file nor a folder"]),
-    (lambda: save_pictures([NOISE[0], colour_noise(1, 9)[0]], "a.npz"), ["9 x 9", "--size 8"]),
-])
-def test_what_cannot_be_converted_is_one_line(save, words, tool):
-    """Catches, among others, what is unpickled, and a FIFO that is waited for."""
-    pickle.loads(pickle.dumps(PickleTrap()))
-    os.rmdir("trap")  # it was there, so a trap works
-    save()
-    said = tool("--convert a.npz --out mine.npz", 2)
-    assert not [word for word in words if word not in said], said
-    tool("--inspect a.npz", 2) if not words[0].startswith(("`x` uint8", "--size")) else None
-    assert os.listdir() == ["a.npz"]
-
-
-def npz_of(header, content=b"", method=zipfile.ZIP_STORED):
-    """An npz file whose `image` has this header, and its checksum is right."""
+def npz_of(shape, content=b"", method=zipfile.ZIP_STORED):
+    """An npz file whose `image` says it has this shape, and its checksum is right."""
     stream, file = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, header | {"fortran_order": False})
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
     with zipfile.ZipFile(file, "w", method) as archive:
         archive.writestr("image.npy", stream.getvalue() + content)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [
-    *[npz_of({"descr": "|u1", "shape": (count, 8, 8, 3)}, bytes(192))
-      for count in (0, -1, 2, 2**70, 400_000_000_000)],
-    npz_of({"descr": "|u1", "shape": (1, 8, 8, 3)}, bytes(193)),
-    npz_of({"descr": "|u1", "shape": (1, 8, 8, 3)}, bytes(192), zipfile.ZIP_BZIP2),
-    npz_of({"descr": "|u1", "shape": ()}, b"1"),
-    npz_of({"descr": "|u1", "shape": (1, 2000, 2000, 3)}, bytes(12 * 10**6), zipfile.ZIP_DEFLATED),
-    npz_bytes(np.array([PickleTrap()])),
-    npz_bytes(colour_noise(2, 8)[:, :4, :4, :2]),
-], ids=["0", "-1", "few", "2**70", "huge", "more", "bzip2", "no shape", "bomb", "objects", "two"])
-@pytest.mark.parametrize("command", ["--inspect", "--out mine.npz --size 8 --convert"])
-def test_header_that_lies_is_refused(command, content, tool, monkeypatch):
-    """Catches memory that is reserved or filled for what a header only promises."""
+@pytest.mark.parametrize("bad, words", [
+    (lambda: np.savez("a", x=NOISE, y=NOISE), ["`x` uint8 40 x 8 x 8 x 3", "--key"]),
+    (lambda: np.savez("a", x=np.zeros((4, 7))), ["`x` float64 4 x 7", "--key"]),
+    (lambda: np.savez("a", x=NOISE[:, :4]), ["--size"]),
+    (lambda: np.savez("a", x=np.array([Bomb()])), ["`x` object 1"]),
+    (lambda: np.savez("a", image=np.array([Bomb()])), ["`image` object 1"]),
+    (lambda: np.savez("a", image=NOISE[..., :2]), ["--key"]),
+    (lambda: torch.save(Bomb(), "a.npz"), ["a.npz"]),
+    (lambda: os.mkfifo("a.npz"), ["neither a file nor a folder"]),
+    (lambda: save_pictures([NOISE[0], colour_noise(1, 9)[0]], "a.npz"), ["9 x 9", "--size 8"]),
+    (pickle.dumps(Bomb()), ["a pickle"]),
+    (b"\x89HDF\r\n\x1a\n", ["HDF5", "np.save"]),
+    (b"MATLAB 5.0 MAT", ["MATLAB", "np.save"]),
+    (b"PAR1", ["Parquet", "np.save"]),
+    (b"text", ["no file that is known here", "np.save"]),
+    (NPZ[:9999], ["a.npz", "zip"]),
+    *[(npz_of((count, 8, 8, 3), bytes(192)), []) for count in (0, -1, 2, 2**70, 400_000_000_000)],
+    (npz_of((1, 8, 8, 3), bytes(193)), []),
+    (npz_of((1, 8, 8, 3), bytes(192), zipfile.ZIP_BZIP2), ["expand"]),
+    (npz_of((), b"1"), []),
+    (npz_of((1, 2000, 2000, 3), bytes(12 * 10**6), zipfile.ZIP_DEFLATED), [])])
+def test_bad_file_is_one_line_for_both_programs(bad, words, tool, monkeypatch):
+    """Catches what is unpickled, a FIFO that is waited for, and memory that is reserved or filled
+    for what a header only promises."""
     monkeypatch.setattr(dg, "LARGEST", 10**7)
-    Path("bad.npz").write_bytes(content)
+    if isinstance(bad, bytes):
+        Path("a.npz").write_bytes(bad)
+    else:
+        bad()
     tracemalloc.start()
     try:
-        tool(f"{command} bad.npz", 2)
+        said = tool("--convert a.npz --out mine.npz", 2)
+        tool("--inspect a.npz", 2)
+        with pytest.raises(dg.Problem, match="--convert 'a.npz' --size 8|of one colour"):
+            dg.read_generated("a.npz", 8)
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
-    assert os.listdir() == ["bad.npz"]
+    assert not [word for word in words if word not in said], said
+    assert os.listdir() == ["a.npz"]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_file_is_refused_or_intact(save, tool, monkeypatch):
+def test_damaged_file_is_refused_or_intact(save, tool):
     """Damage never yields other images and never a traceback, but always one line."""
     good = npz_bytes(NOISE[:9, :4, :4], save)
-    options = dg.build_parser().parse_args("--convert damaged.npz --out mine.npz".split())
     draw = random.Random(0)
     intact = 0
-    for _ in range(200):
+    for _ in range(150):
         at = draw.randrange(len(good))
         Path("damaged.npz").write_bytes(good[:at] + draw.randbytes(at % 2) + good[at + 1:])
         try:
-            with contextlib.redirect_stdout(None):
-                dg.convert(options.convert, options.out, options)
-        except dg.Problem as error:
-            assert error.status == 2 and len(str(error).splitlines()) == 1
+            dg.main("--convert damaged.npz --out mine.npz --force".split())
+        except SystemExit as stopped:
+            assert stopped.code == 2
             continue
-        images = np.load("mine.npz")["image"]
-        assert np.array_equal(images, NOISE[:9, :4, :4])
+        assert np.array_equal(np.load("mine.npz")["image"], NOISE[:9, :4, :4])
         intact += 1
     assert intact  # there are bytes that do not matter
 
@@ -2101,33 +1904,8 @@ def test_arrays_and_pictures_are_resized_alike(tool):
     assert np.array_equal(dg.read_image("pictures/001.png", 16), expected[1])
 
 
-def test_folder_has_one_set_of_rules(tool):
-    """Hidden names do not count at any depth, links do once, and cameras may lie on their side."""
-    save_pictures(NOISE[:3], "else/b")
-    save_pictures(NOISE[3:5], "pictures/a/deep")
-    for hidden in ("pictures/.ipynb_checkpoints", "pictures/a/.cache/c"):
-        save_pictures(NOISE[:1], hidden)
-    Path("pictures/a/._000.png").write_bytes(b"of a Mac")
-    Path("pictures/notes.txt").write_text("no image")
-    Path("pictures/a/loop").symlink_to("..")
-    Path("pictures/b").symlink_to(Path("else/b").absolute())
-    Path("pictures/c").symlink_to("b")
-    _, images = converted(tool, "pictures")
-    assert np.array_equal(images, NOISE[[3, 4, 0, 1, 2]])
-    assert len(dg.image_files("pictures")) == 5
-
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned to the right
-    Image.fromarray(NOISE[0]).save("turned.png", exif=exif)
-    assert np.array_equal(dg.read_image("turned.png", 8), np.rot90(NOISE[0], -1))
-    with pytest.raises(dg.Problem, match="does not exist"):
-        dg.image_files("nowhere")
-    with pytest.raises(dg.Problem, match="no folder"):
-        dg.image_files("turned.png")
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_pictures_are_read_as_rgb_or_refused_by_name(tool):
+def test_pictures_are_read_as_upright_rgb_or_refused_by_name(tool):
     """Catches 16 bits and floats that become white or black, and what is waited for or skipped."""
     os.mkdir("pictures")
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "1"):
@@ -2137,32 +1915,20 @@ def test_pictures_are_read_as_rgb_or_refused_by_name(tool):
     for spoil in (lambda path: Image.fromarray((ramp * 999).astype(np.uint16)).save(path, "PNG"),
                   lambda path: Image.fromarray(ramp.astype(np.int32)).save(path),
                   lambda path: Image.fromarray(ramp.astype(np.float32)).save(path),
-                  lambda path: os.truncate(path, 9), os.remove, os.mkfifo):
-        spoil("pictures/a.tif")
-        if Path("pictures/a.tif").exists():
-            assert "a.tif" in tool("--convert pictures --out mine.npz", 2)
+                  # Pillow would start Ghostscript for this, whatever its name.
+                  lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8"),
+                  lambda path: os.truncate(path, 9)):
+        spoil(Path("pictures/a.tif"))
+        assert "a.tif" in tool("--convert pictures --out mine.npz", 2)
+    os.remove("pictures/a.tif")
+    os.mkfifo("pictures/a.tif")
+    assert "a.tif" in tool("--convert pictures --out mine.npz", 2)
     assert os.listdir() == ["pictures"]
 
-    # Pillow would start Ghostscript for this, whatever its name.
-    Path("eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
-    with pytest.raises(dg.Problem, match="cannot identify"):
-        dg.read_image("eps.png", 8)
-
-
-def test_descriptions_name_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    zip_pictures(NOISE[:7])
-    np.savez("a.npz", SIGNED, np.arange(4))
-    np.save("a.npy", GREY)
-    torch.save(torch.zeros(3), "a.pt")
-    Path("cut.npz").write_bytes(NPZ[:999])
-    Path("text").touch()
-    for path, words in {
-            "made": "a folder of 7 images", "dataset.zip": "a zip of 7 images", "a.pt": "torch",
-            "a.npz": "an npz with `arr_0` float32 40 x 3 x 8 x 8, `arr_1` int64 4",
-            "a.npy": "an npy with uint8 40 x 8 x 8 x 1", "none": "does not exist",
-            "text": "no file that is known here", "cut.npz": "damaged"}.items():
-        assert words in dg.describe(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    save_pictures(NOISE[:1], exif=exif)
+    assert np.array_equal(dg.read_image("pictures/000.png", 8), np.rot90(NOISE[0], -1))
 
 
 def test_inspect_draws_a_contact_sheet_and_warns(tool):
@@ -2188,102 +1954,84 @@ def test_inspect_draws_a_contact_sheet_and_warns(tool):
 # ---- What adainf.py reads ------------------------------------------------------------------------
 
 
-def save_picture(path, colour, size=(8, 8), **more):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **more)
-
-
-def save_split(folder, classes, first=0):
-    """Two pictures in each of folder/<class>/; all have other greys."""
-    for number, name in enumerate(2 * [*classes], first):
-        save_picture(folder / name / f"{number}.png", (20 * number,) * 3)
+def save_greys(folder, *numbers):
+    """Pictures in a folder; number 5 has the grey 5, and so on."""
+    for number in numbers:
+        save_pictures([np.full((8, 8, 3), number, np.uint8)], folder, number)
 
 
 def greys(images):
-    return [int(image[0, 0, 0]) // 20 for image in images]
+    return images[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("split", ["test", "val", "valid"])
-def test_folder_of_classes_is_read_in_order(tmp_path, split):
-    """Catches names with a dot as a class, links that are followed twice or not at all."""
-    save_split(tmp_path / "train", "ab")
-    save_split(tmp_path / split, "ab", first=4)
-    save_picture(tmp_path / "train" / ".ipynb_checkpoints" / "9.png", "red")
-    save_picture(tmp_path / "train" / "a" / "._0.png", "red")
-    save_picture(tmp_path / "train" / "grid.png", "red")  # is in no class
-    (tmp_path / "train" / "a" / "notes.txt").write_text("no picture")
-    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
-    save_picture(tmp_path / "elsewhere" / "5.png", (100,) * 3)
-    (tmp_path / "train" / "b" / "link").symlink_to(tmp_path / "elsewhere")
-    train, test, classes = dg.read_dataset(tmp_path, 8)
+def test_folder_of_classes_is_read_in_order(here, split):
+    """Catches names with a dot as a class or as images, as --convert would also take them (it
+    lists images by the same function), and links that are followed twice or not at all."""
+    save_greys("train/a/deep", 0, 50)
+    save_greys("train/b", 100)
+    save_greys(f"{split}/a", 10)
+    save_greys(f"{split}/b", 20)
+    save_greys("train/.ipynb_checkpoints", 9)
+    save_greys("train/a/.cache/c", 9)
+    save_greys("train", 9)  # is in no class
+    Path("train/a/._0.png").write_bytes(b"of a Mac")
+    Path("train/a/notes.txt").write_text("no picture")
+    Path("train/a/loop").symlink_to(".")
+    save_greys("elsewhere", 150)
+    Path("train/b/link").symlink_to(Path("elsewhere").absolute())
+    Path("train/b/once_more").symlink_to("link")
+    train, test, classes = dg.read_dataset(".", 8)
     assert classes == ["a", "b"]
-    assert greys(train[0]) == [0, 2, 1, 3, 5] and train[1].tolist() == [0, 0, 1, 1, 1]
-    assert greys(test[0]) == [4, 6, 5, 7] and test[1].tolist() == [0, 0, 1, 1]
+    assert greys(train[0]) == [0, 50, 100, 150] and train[1].tolist() == [0, 0, 1, 1]
+    assert greys(test[0]) == [10, 20] and test[1].tolist() == [0, 1]
 
 
-def test_tiny_imagenet_is_read_by_its_annotations(tmp_path):
+def test_tiny_imagenet_is_read_by_its_annotations(here):
     """Its test/ has no classes."""
-    save_split(tmp_path / "train", "ab")
-    save_split(tmp_path / "test", ["images"])
-    save_split(tmp_path / "val", ["images"], first=4)
-    lines = ["4.png\tb\t0\t0\t62\t62", "5.png\ta\t0\t0\t62\t62"]
-    (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines))
-    _, (images, labels), classes = dg.read_dataset(tmp_path, 8)
-    assert (greys(images), labels.tolist(), classes) == ([5, 4], [0, 1], ["a", "b"])
+    save_greys("train/a/images", 1, 90)
+    save_greys("train/b/images", 2, 80)
+    save_greys("test/images", 3)
+    save_greys("val/images", 4, 50)
+    Path("val/val_annotations.txt").write_text("004.png\tb\t0\t0\t62\t62\n050.png\ta\t0\t0\t62\t62")
+    _, (images, labels), classes = dg.read_dataset(".", 8)
+    assert (greys(images), labels.tolist(), classes) == ([50, 4], [0, 1], ["a", "b"])
 
 
-def test_pair_of_npz_files_is_a_data_set(tmp_path):
+def test_pair_of_npz_files_is_a_data_set(here):
     for split in ("train", "test"):
-        np.savez(tmp_path / f"{split}.npz", image=colour_noise(6, 8), label=np.arange(6) % 3)
-    train, test, classes = dg.read_dataset(tmp_path, 8)
+        np.savez(f"{split}.npz", image=colour_noise(6, 8), label=np.arange(6) % 3)
+    train, test, classes = dg.read_dataset(".", 8)
     assert np.array_equal(train[0], colour_noise(6, 8))
     assert test[1].tolist() == [0, 1, 2, 0, 1, 2] and classes == ["0", "1", "2"]
-
-    np.savez(tmp_path / "test.npz", image=colour_noise(6, 8), label=np.arange(6) - 1)
+    np.savez("test.npz", image=colour_noise(6, 8), label=np.arange(6) - 1)
     with pytest.raises(dg.Problem, match="test.npz"):
-        dg.read_dataset(tmp_path, 8)
+        dg.read_dataset(".", 8)
 
 
-def write_member(path, content, **more):
-    with zipfile.ZipFile(path, "w", **more) as archive:
-        archive.writestr("image.npy", content)
+def test_what_cannot_be_read_is_named_with_the_command_that_converts_it(here):
+    zip_pictures(NOISE[:7])
+    np.savez("a.npz", SIGNED, np.arange(4))
+    np.savez("b.npz", image=FIRST)
+    np.save("a.npy", GREY)
+    torch.save(torch.zeros(3), "a.pt")
+    Path("c.npz").write_bytes(npz_of((9999, 8, 8, 3), bytes(9999 * 192), zipfile.ZIP_DEFLATED))
+    for path, words in {
+            "made": "a folder of 7 images", "dataset.zip": "a zip of 7 images", "a.pt": "torch",
+            "a.npz": "an npz with `arr_0` float32 40 x 3 x 8 x 8, `arr_1` int64 4",
+            "b.npz": "40 x 3 x 8 x 8", "a.npy": "an npy with uint8 40 x 8 x 8 x 1",
+            "c.npz": "bytes instead of"}.items():
+        with pytest.raises(dg.Problem) as raised:
+            dg.read_generated(path, 8)
+        assert words in str(raised.value)
+        assert f"--convert '{path}' --size 8" in str(raised.value)
 
 
-def array_bytes(images):
-    content = io.BytesIO()
-    np.save(content, images)
-    return content.getvalue()
-
-
-SMALL = colour_noise(5, 8)
-
-
-@pytest.mark.parametrize("write, words", [
-    (lambda path: path.mkdir(), "a folder of 0 images"),
-    (lambda path: np.save(path.open("wb"), SMALL / 255), "an npy with float64 5 x 8 x 8 x 3"),
-    (lambda path: np.savez(path, samples=SMALL), "`samples` uint8"),
-    (lambda path: np.savez(path, image=SMALL.transpose(0, 3, 1, 2)), "5 x 3 x 8 x 8"),
-    (lambda path: np.savez(path, image=SMALL[:0]), "0 x 8 x 8 x 3"),
-    (lambda path: np.savez(path, image=np.array([{}])), "`image` object"),
-    (lambda path: write_member(path, array_bytes(SMALL) + b"\0"), "instead of"),
-    (lambda path: write_member(path, array_bytes(np.zeros((9999, 8, 8, 3), np.uint8)),
-                               compression=zipfile.ZIP_DEFLATED), "bytes"),
-    (lambda path: write_member(path, b"text"), "damaged")])
-def test_what_cannot_be_read_is_named_with_the_command_that_converts_it(tmp_path, write, words):
-    path = tmp_path / "some images.npz"
-    write(path)
-    with pytest.raises(dg.Problem) as raised:
-        dg.read_generated(path, 8)
-    assert words in str(raised.value)
-    assert f"--convert '{path}' --size 8" in str(raised.value)
-
-
-def test_file_of_generated_images_is_in_memory_once(tmp_path):
+def test_file_of_generated_images_is_in_memory_once(here):
     """Catches a second copy, which for a million images of 32 x 32 is 3 GB."""
-    path = tmp_path / "gen.npz"
-    np.savez(path, image=colour_noise(90_000, 16))
+    np.savez("gen.npz", image=np.tile(NOISE, (3000, 1, 1, 1)))
     tracemalloc.start()
-    images = dg.read_generated(path, 16)
+    images = dg.read_generated("gen.npz", 8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert images.nbytes <= peak < 1.3 * images.nbytes
@@ -2297,7 +2045,6 @@ def test_cifar10_comes_from_torchvision_or_from_here(serve_file, tool, monkeypat
     meta = pickle.dumps({"label_names": list("abcdefghij")})
     body = tar_bytes({"cifar-10-batches-py/40": batch, "cifar-10-batches-py/batches.meta": meta})
     server = serve_file(body, archive=True)
-
     dataset = torchvision.datasets.CIFAR10
     monkeypatch.setattr(dataset, "url", server.address)
     monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(body).hexdigest())
@@ -2309,7 +2056,6 @@ def test_cifar10_comes_from_torchvision_or_from_here(serve_file, tool, monkeypat
     options = adainf.parse_options(["--data-dir", "ours"])
     adainf.read_cifar(options)
     assert len(server.starts) == 1
-
     options.data_dir = "theirs"
     server.script = [404] * 9
     with pytest.raises(adainf.InputError, match="cifar10 --data-dir 'theirs'"):
@@ -2321,24 +2067,23 @@ def test_cifar10_comes_from_torchvision_or_from_here(serve_file, tool, monkeypat
 
 # ---- assets/theory.py ----------------------------------------------------------------------------
 
-def small_graph():
-    points = theory.draw_world(seed=1)["+ 600 perfect"][1][52:72]  # 8 real ones, 12 generated
-    return points.double(), theory.mixture_weights(8, 12, ratio=3).double(), 0.4
-
 
 def spectral_loss(features, pairs):
     """L(f), written as its definition: a sum over positive pairs and one over all pairs."""
-    marginal, products = pairs.sum(1), features @ features.T
+    marginal = pairs.sum(1)
+    products = features @ features.T
     return -2 * (pairs * products).sum() + marginal @ products ** 2 @ marginal
 
 
-def test_features_minimise_the_spectral_contrastive_loss():
-    """Catches rows divided by another power of P(x): descent from a random start finds no less."""
-    pairs = theory.positive_pairs(*small_graph())
+def test_features_minimise_the_spectral_contrastive_loss_and_extend_to_new_points():
+    """Catches rows divided by another power of P(x): descent from a random start finds no less.
+    For the extension, a missing weight or eigenvalue, and 0 / 0 without a partner."""
+    points = theory.draw_world(seed=1)["+ 600 perfect"][1][52:72].double()  # 8 real, 12 generated
+    weights = theory.mixture_weights(8, 12, ratio=3).double()
+    pairs = theory.positive_pairs(points, weights, 0.4)
     features, eigenvalues, _ = theory.best_features(pairs, 4)
-    least = spectral_loss(features.requires_grad_(), pairs)
+    least = spectral_loss(features, pairs)
     assert least.item() == pytest.approx(-(eigenvalues ** 2).sum().item())  # its closed form
-    assert torch.autograd.grad(least, features)[0].abs().max() < 1e-12
     torch.manual_seed(0)
     found = torch.randn(20, 4).double().requires_grad_()
     optimizer = torch.optim.LBFGS([found], max_iter=500, line_search_fn="strong_wolfe",
@@ -2352,24 +2097,20 @@ def test_features_minimise_the_spectral_contrastive_loss():
     optimizer.step(loss)
     assert least - 1e-12 < loss() < least + 1e-6
 
-
-def test_extension_gives_a_training_point_its_own_features_and_a_lonely_one_zero():
-    """Catches a missing weight or eigenvalue in the extension, and 0 / 0 without a partner."""
-    points, weights, strength = small_graph()
-    known = theory.best_features(theory.positive_pairs(points, weights, strength), 4)[:2]
-    shared = theory.shared_views(torch.cat([points, points[:1] + 9]), points, strength)
-    extended = theory.extend(shared, weights, *known)
-    assert torch.allclose(extended[:20], known[0], rtol=1e-9, atol=1e-12)
+    shared = theory.shared_views(torch.cat([points, points[:1] + 9]), points, 0.4)
+    extended = theory.extend(shared, weights, features, eigenvalues)
+    assert torch.allclose(extended[:20], features, rtol=1e-9, atol=1e-12)
     assert (extended[20] == 0).all()
 
 
-@pytest.mark.parametrize("distance", [0.0, 0.1, 0.35, 0.7, 0.9])
-def test_shared_views_are_the_overlap_of_two_discs(distance):
+def test_shared_views_are_the_overlap_of_two_discs():
     """Catches a wrong formula: one million views of a point, how many are views of the other?"""
     square = torch.rand(1_000_000, 2, generator=torch.Generator().manual_seed(0)) - 0.5
-    views, other = square[square.norm(dim=1) < 0.5], torch.tensor([[distance, 0.0]])
-    counted = ((views - other).norm(dim=1) < 0.5).float().mean()
-    assert abs(theory.shared_views(torch.zeros(1, 2), other, 0.5) - counted) < 0.003
+    views = square[square.norm(dim=1) < 0.5]
+    for distance in (0.0, 0.1, 0.35, 0.7, 0.9):
+        other = torch.tensor([[distance, 0.0]])
+        counted = ((views - other).norm(dim=1) < 0.5).float().mean()
+        assert abs(theory.shared_views(torch.zeros(1, 2), other, 0.5) - counted) < 0.003
 
 
 @pytest.mark.parametrize("ratio", [1, 10])
@@ -2383,7 +2124,7 @@ def test_mixture_is_that_of_theorem_3_1(ratio):
 
 
 def test_mixtures_of_a_draw_share_their_points():
-    """Catches unpaired differences, classes of other points, and weights that do not sum to 1."""
+    """Catches unpaired differences, and classes of other points."""
     world, again, other = (theory.draw_world(seed) for seed in (5, 5, 6))
     (_, perfect, classes), (_, few, _), _, (_, many, _) = list(world.values())[3:7]
     assert torch.equal(many, again["+ 600, 60 % faults"][1])
@@ -2428,7 +2169,8 @@ def significance(gains):
 
 def test_the_claims_of_the_paper():
     """Catches a computation in which inflation, strength, faults or N act as they should not."""
-    mixtures, seeds = [*list(theory.MIXTURES)[:3], "+ 600, 60 % faults"], range(100, 112)
+    mixtures = ["60 real", "600 real", "+ 600 perfect", "+ 600, 60 % faults"]
+    seeds = range(100, 108)
     errors, alphas, lambdas = theory.measure_all(mixtures, [0.1, 0.2], [1], seeds)
     (few,), = theory.measure_all(["+ 600, 15 % faults"], [0.14], [1], seeds)[0].values()
     (weak_none, none), (weak_more, more), (weak, strong), (weak_poor, poor) = errors.values()
@@ -2441,9 +2183,9 @@ def test_the_claims_of_the_paper():
     assert significance(none - weak) > 3 and significance(none - few) > 2
     assert significance(weak_poor - none) > 3
     # 4. The best N lies inside: neither no weight nor nothing but real points.
-    by_ratio = theory.measure_all(["half shifted"], [0.1], [1, 10, 300], range(3000, 3032))[0]
+    by_ratio = theory.measure_all(["half shifted"], [0.1], [1, 10, 300], range(3000, 3012))[0]
     one, ten, many = by_ratio["half shifted"]
-    assert significance(one - ten) > 2 and significance(many - ten) > 3
+    assert significance(one - ten) > 2 and significance(many - ten) > 2
     # Why: in every draw strength raises alpha and lambda, and inflation raises weak views' lambda.
     for mixture in mixtures[:3]:
         for weak, strong in (alphas[mixture], lambdas[mixture]):
@@ -2467,28 +2209,26 @@ def kill_at_random(argv, out, longest, draw):
             return kills
 
 
-def stress(least=50, seed=0):
+def stress(least=50):
     """Kill runs at random moments, and compare all they leave with a run that nothing stopped."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        data = write_data(folder)
+        data = write_data(Path(folder))
         more = ("--steps", 60, "--save-every", 2)
         for name in ("first", "straight"):  # the first one also starts the server of processes
             begun = time.perf_counter()
-            child = start(os.devnull, adainf.main, arguments(data, folder / name, *more))
+            child = start(os.devnull, adainf.main, arguments(data, data / name, *more))
             assert exit_codes(child) == [0]
             seconds = time.perf_counter() - begun
-        reference = outcome(folder / "straight")
+        reference = outcome(data / "straight")
 
         kills = 0
         for count in itertools.count(1):
-            out = folder / f"killed-{count}"
+            out = data / f"killed-{count}"
             kills += kill_at_random(arguments(data, out, *more), out, seconds, draw)
             different = differences(out, reference)
             print(f"run {count}: {kills} kills so far, {len(different)} differences", flush=True)
-            if different:
-                sys.exit(f"differs from a run that was not stopped in {different}")
+            assert not different, f"differs from a run that was not stopped in {different}"
             if kills >= least:
                 break
     print(f"{count} runs were killed {kills} times; each ended bit for bit as one that was not")
