@@ -368,7 +368,7 @@ class TwoViews:
 
         start, length = p["start"], p["length"] - 1  # M x 2: vertical and horizontal
         rows = self.crops[start[:, 0], length[:, 0]]
-        columns = self.crops[start[:, 1], length[:, 1]]  # M x outputs x inputs
+        columns = self.crops[start[:, 1], length[:, 1]]  # M x outputs x inputs: a flip reverses 1
         columns = torch.where(p["flip"][:, :, None], columns.flip(1), columns)
         x = by_rows_and_columns(rows, x, columns).clamp(0, 1)
 
