@@ -1094,7 +1094,10 @@ def read_cifar(options):
           f"--image-size {options.image_size}: {name} has 32 x 32 pixels; leave the option out")
     dataset = getattr(torchvision.datasets, name.upper())
     folder = Path(options.data_dir)
-    with errors_as(f"--dataset {name}: is not whole in {folder / dataset.base_folder}; put "
+    place = folder / dataset.base_folder
+    files = [file for file, _ in dataset.train_list + dataset.test_list]
+    missing = [file for file in files if not (place / file).exists()]
+    with errors_as(f"--dataset {name}: {place} lacks {', '.join(missing) or 'a whole file'}; put "
                    f"{dataset.filename} into {folder}, or get it by `python download_generated.py "
                    f"{name} --data-dir '{folder}'`", (OSError, RuntimeError)):
         # torchvision checks the md5 before it unpickles. Several processes would all download into
