@@ -342,10 +342,16 @@ def describe(path):
 
 
 def describe_array(stream):
-    """The dtype and shape of the array in the stream of an npy file."""
+    """The dtype and shape of the array in the stream of an npy file, in words."""
+    shape, dtype = read_header(stream)
+    return f"{dtype} {' x '.join(map(str, shape))}"
+
+
+def read_header(stream):
+    """(shape, dtype) of the array in the stream of an npy file, which is then at its first byte."""
     np.lib.format.read_magic(stream)
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    return f"{dtype} {' x '.join(map(str, shape))}"
+    return shape, dtype
 
 
 def image_files(folder):
@@ -782,8 +788,7 @@ def read_array(path, key, kind, frame):
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         with archive.open(entry) as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            shape, dtype = read_header(member)
             size = member.tell() + math.prod(shape) * dtype.itemsize
         if not np.issubdtype(dtype, kind) or shape[1:] != frame or not shape[0]:
             raise ValueError(f"{key} is {dtype} {shape}")
